@@ -1,0 +1,407 @@
+"""Tests of the promise (the same trajectory, however a batch is sliced) and of what users see.
+
+Run under torchrun, this file is also the worker of the tests with several processes.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import common
+import train_accum
+import train_basic
+import train_manual
+
+HERE = pathlib.Path(__file__).parent
+SCRIPTS = {"train_basic.py": train_basic, "train_accum.py": train_accum, "train_manual.py": train_manual}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def launch(*command, cwd, **options):
+    """Start a script (or another command) as a user would, with its output as text."""
+    if command[0] in SCRIPTS:
+        command = (sys.executable, HERE / command[0], *command[1:])
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+def finish(process, status=0):
+    """Return a process's output and error text, after its exit status was checked."""
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == status, (process.returncode, out[-500:], err)
+    assert "Traceback" not in err and "Warning" not in err
+    return out, err
+
+
+def run(script, *flags, monkeypatch, capsys, status=0):
+    """Run a script's command line in this process; return its output and error lines."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with contextlib.nullcontext() if status == 0 else pytest.raises(SystemExit) as end:
+            common.main(SCRIPTS[script].train)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert status == 0 or end.value.code == status
+    out, err = capsys.readouterr()
+    return out.splitlines(), err.splitlines()
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    return lambda script, *flags, status=0: run(script, *flags, monkeypatch=monkeypatch, capsys=capsys, status=status)
+
+
+def trained(script, rows=1000, dtype=torch.float64, hidden=0, **sizes):
+    """Return the weights, one vector, after a script's train() on synthetic rows."""
+    X, y = common.make_data(rows)
+    model = common.make_model(10, 1, hidden).to(dtype)
+    options = {"epochs": 3, "log_every": 0, **sizes}
+    SCRIPTS[script].train(model, X.to(dtype), y.to(dtype), **options)
+    assert all(p.grad is None for p in model.parameters())  # no gradient is left for the next epoch
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def weights(file):
+    """Return the weights, one vector, in a checkpoint read with torch.load's defaults."""
+    return torch.cat([tensor.flatten() for tensor in torch.load(file)["model"].values()])
+
+
+# ---- the promise
+
+
+ROWS = [1, 5, 31, 32, 33, 997, 1000, 1001, 1037]
+CUTS = [(8, 4), (1, 32), (32, 1), (7, 3), (400, 4)]  # batch_size, accumulation_steps
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_same_weights_however_a_window_is_cut(rows, cut):
+    batch_size, accumulation_steps = cut
+    window = batch_size * accumulation_steps
+    steps = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(register_optimizer_step_post_hook(lambda *_: steps.append(1)).remove)
+        basic = trained("train_basic.py", rows, batch_size=window)
+        manual = trained("train_manual.py", rows, batch_size=window)
+        accum = trained("train_accum.py", rows, batch_size=batch_size, accumulation_steps=accumulation_steps)
+    assert len(steps) == 3 * 3 * math.ceil(rows / window)
+    assert torch.equal(basic, manual)
+    assert (accum - basic).abs().max() <= 1e-12
+
+
+def test_same_weights_in_float32_and_with_a_hidden_layer():
+    for hidden in 0, 16:
+        options = {"rows": 1001, "dtype": torch.float32, "hidden": hidden}
+        basic = trained("train_basic.py", batch_size=32, **options)
+        assert torch.equal(basic, trained("train_manual.py", batch_size=32, **options))
+        assert (basic - trained("train_accum.py", **options)).abs().max() <= 1e-6
+
+
+def test_the_reference_is_the_gradient_of_the_window_mean():
+    """One step on all rows against the closed form of linear regression's gradient, 2 X'(Xw - y) / rows."""
+    X, y = (part.double() for part in common.make_data(37))
+    model = common.make_model(10, 1).double()
+    start = torch.cat([model.weight.detach().flatten(), model.bias.detach()])
+    X1 = torch.cat([X, torch.ones(37, 1)], dim=1)
+    expected = start - 0.01 * 2 * X1.T @ (X1 @ start - y.flatten()) / 37
+    for script in SCRIPTS:
+        assert torch.allclose(trained(script, 37, batch_size=50, epochs=1), expected, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_row_is_used_once_an_epoch_in_an_order_that_changes(script):
+    seen = []
+    model = nn.Linear(1, 1)
+    model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0].flatten().tolist()))
+    X = torch.arange(103.0).unsqueeze(1)
+    SCRIPTS[script].train(model, X, X, batch_size=4, epochs=2, lr=1e-9, log_every=0)
+    first, second = seen[:103], seen[103:]
+    assert sorted(first) == sorted(second) == list(range(103))
+    assert first != second and first != sorted(first)
+
+
+def test_gradients_that_a_caller_left_are_not_used():
+    X, y = common.make_data(20)
+    models = [common.make_model(10, 1) for _ in range(2)]
+    models[0](X).sum().backward()
+    first, second = (train_basic.train(model, X, y, epochs=1, log_every=0) for model in models)
+    assert torch.equal(first.weight, second.weight)
+
+
+def test_saved_activations_shrink_with_the_micro_batch():
+    def peak(script, **sizes):
+        live = most = 0
+
+        class Saved:
+            def __init__(self, tensor):
+                nonlocal live, most
+                self.tensor, self.size = tensor, tensor.nbytes
+                live += self.size
+                most = max(most, live)
+
+            def __del__(self):
+                nonlocal live
+                live -= self.size
+
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            trained(script, 1024, hidden=64, epochs=1, **sizes)
+        return most
+
+    whole = peak("train_basic.py", batch_size=1024)
+    assert peak("train_accum.py", batch_size=32, accumulation_steps=32) < 0.06 * whole
+
+
+# ---- what is printed
+
+
+CLOSING = re.compile(
+    r"(\d+) optimizer steps, (\d+) micro-batches, last epoch's mean loss (\S+), \S+ s, [\d,]+ rows/s, "
+    r"peak memory \d+ MiB of the process"
+)
+
+
+def test_default_runs_as_a_user_sees_them(tmp_path):
+    processes = [(script, launch(script, cwd=tmp_path)) for script in SCRIPTS for _ in range(2)]
+    outputs = {}
+    for script, process in processes:
+        outputs.setdefault(script, []).append(finish(process)[0].splitlines())
+    for script, steps, micro_batches in [
+        ("train_basic.py", 32, 32), ("train_accum.py", 32, 125), ("train_manual.py", 63, 63)
+    ]:  # fmt: skip
+        first, second = outputs[script]
+        assert first[:-1] == second[:-1]  # the same command prints the same losses
+        opening, *lines, closing = first
+        for fact in ("1000 rows", f"{steps} steps", "10 epochs", "cpu", f"torch {torch.__version__}", "seed 0"):
+            assert fact in opening
+        assert len(lines) == 10 * steps
+        losses = [float(re.search(r"Loss: (\d+\.\d{6})", line)[1]) for line in lines]
+        assert lines[0].startswith(f"Epoch: 1/10, Step: 1/{steps}, Loss: ") and losses[0] > 1
+        found = CLOSING.fullmatch(closing)
+        assert found and (int(found[1]), int(found[2])) == (10 * steps, 10 * micro_batches)
+        assert 0.008 < float(found[3]) < 0.012  # the noise's variance is 0.01
+        # the last epoch's mean, from its steps: all but the last have as many rows
+        last, tail = losses[-steps:], 1000 - (steps - 1) * (16 if steps == 63 else 32)
+        mean = (sum(last[:-1]) * (1000 - tail) / (steps - 1) + last[-1] * tail) / 1000
+        assert float(found[3]) == pytest.approx(mean, abs=2e-6)
+    assert outputs["train_accum.py"][0][32].endswith("Micro-batches: 1, Rows: 8")  # the short tail
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_log_every_counts_steps_over_all_epochs(command_line):
+    out, _ = command_line("train_basic.py", "--rows", 100, "--log-every", 7)  # 4 steps an epoch
+    assert [line.split(", Loss")[0] for line in out[1:-1]][:2] == ["Epoch: 2/10, Step: 3/4", "Epoch: 4/10, Step: 2/4"]
+    out, _ = command_line("train_basic.py", "--rows", 100, "--log-every", 0)
+    assert len(out) == 2
+
+
+def test_help_says_what_each_flag_does(command_line, capsys):
+    with pytest.raises(SystemExit):
+        command_line("train_accum.py", "--help")
+    text = capsys.readouterr().out
+    for flag in "data rows hidden batch-size accumulation-steps epochs lr seed device log-every checkpoint".split():
+        assert f"--{flag} " in text
+    assert "(default: 8)" in text
+
+
+def test_head_and_a_full_disk_end_quietly(tmp_path):
+    process = launch("train_accum.py", "--epochs", 500, cwd=tmp_path)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141 and process.stderr.read() == ""
+    if os.path.exists("/dev/full"):
+        process = subprocess.run(
+            f"exec {sys.executable} {HERE / 'train_basic.py'} > /dev/full", shell=True, capture_output=True, text=True
+        )
+        assert process.returncode == 1
+        assert process.stderr == "train_basic.py: error: standard output: No space left on device\n"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(command_line):
+    for script in SCRIPTS:
+        _, err = command_line(script, "--lr", 10, "--log-every", 0, status=1)
+        assert err == [f"{script}: error: epoch 1: the loss is not finite at --lr 10; try --lr 1"]
+    X, y = common.make_data(20)
+    with pytest.raises(FloatingPointError):  # the only step's loss is finite, the weights after it are not
+        train_basic.train(common.make_model(10, 1), X, y * 1e15, epochs=1, lr=1e30, log_every=0)
+
+
+# ---- data
+
+
+def table(rows=40, columns=4):
+    """Return a float64 table whose last column depends on the others."""
+    values = np.random.default_rng(0).normal(size=(rows, columns)) * 10 ** np.arange(columns) + 5
+    values[:, -1] += values[:, :-1].sum(axis=1)
+    return values
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain", "header", "quotes", "excel", "blank lines", "npy", "fortran", "npz", "npz 2"]
+)
+def test_every_kind_of_file_gives_the_same_standardised_columns(tmp_path, kind):
+    values = table()
+    text = "\n".join(",".join(map(repr, map(float, row))) for row in values)
+    target = 2 if kind == "npz 2" else 1
+    if kind == "npy" or kind == "fortran":
+        path = tmp_path / "t.npy"
+        np.save(path, np.asfortranarray(values) if kind == "fortran" else values)
+    elif kind.startswith("npz"):
+        path = tmp_path / "t.npz"
+        np.savez(path, X=values[:, :-target], y=values[:, -target:] if target > 1 else values[:, -1], other=1)
+    else:
+        path = tmp_path / "t.CSV"
+        if kind == "quotes":
+            text = "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in text.split("\n"))
+        header = {"header": "a,b,,target\n", "excel": '\ufeff"a","b, c","d","e"\n'}.get(kind, "")
+        text = (header + text).replace("\n", {"excel": "\r\n", "blank lines": "\n\n"}.get(kind, "\n"))
+        path.write_bytes(text.encode())
+    X, y, scale = common.load_data(str(path))
+    expected = (values - values.mean(axis=0)) / values.std(axis=0)
+    assert X.dtype == y.dtype == torch.float32 and X.is_contiguous() and y.shape == (40, target)
+    assert np.allclose(torch.cat([X, y], dim=1), expected, atol=1e-6)
+    assert np.allclose(scale["mean"], values.mean(axis=0)) and np.allclose(scale["std"], values.std(axis=0))
+
+
+def test_a_constant_column_becomes_zeros(tmp_path):
+    values = table()
+    values[:, 1] = 0.1  # its mean, computed, is not quite 0.1
+    np.save(tmp_path / "t.npy", values)
+    X, _, _ = common.load_data(str(tmp_path / "t.npy"))
+    assert torch.equal(X[:, 1], torch.zeros(40)) and X[:, 0].abs().max() > 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_loss_comes_down_to_the_least_squares_floor(tmp_path, command_line, script):
+    values = np.random.default_rng(1).normal(size=(442, 11)) @ np.random.default_rng(2).normal(size=(11, 11))
+    values[:, -1] += 3 * np.random.default_rng(3).normal(size=442)
+    np.savetxt(tmp_path / "t.csv", values, delimiter=",", header="a,b,c,d,e,f,g,h,i,j,target", comments="")
+    scaled = (values - values.mean(axis=0)) / values.std(axis=0)
+    floor = np.linalg.lstsq(scaled[:, :-1], scaled[:, -1])[1][0] / 442
+    out, _ = command_line(script, "--data", tmp_path / "t.csv", "--epochs", 400, "--log-every", 0)
+    loss = float(CLOSING.fullmatch(out[-1])[3])
+    assert 0.99 * floor < loss < 1.05 * floor
+
+
+CSV_FAULTS = {
+    "": "holds nothing",
+    "a,b\n": "holds nothing",
+    "1,2\n\n3,x\n": "line 3: could not convert string 'x' to float64, column 2",
+    "1,2\n3,\n": "line 2: could not convert string '' to float64, column 2",
+    "x,2\n3,4\n": "line 1: could not convert string 'x' to float64, column 1",
+    "a,b\n1,2\n3,4,5\n": "line 3: the number of columns changed from 2 to 3",
+    "a,b\n1,2\n3,nan\n": "row 2 (without header), column 2: nan is not",
+    "1,2\n3,-inf\n": "row 2 (without header), column 2: -inf is not",
+    "1,1e999\n3,4\n": "row 1 (without header), column 2: inf is not",
+    "1,1e308\n3,-1e308\n": "column 2: values too large or too small",
+    "1\n2\n": "only one column",
+    "1;2\n3;4\n": "line 2: could not convert string '3;4'",
+    "1,2\n\x00,3": "line 2: could not convert",
+}
+
+
+@pytest.mark.parametrize("text", CSV_FAULTS, ids=repr)
+def test_a_bad_csv_is_told_in_one_line(tmp_path, command_line, text):
+    file = tmp_path / "t.csv"
+    file.write_text(text)
+    out, err = command_line("train_basic.py", "--data", file, status=2)
+    assert out == [] and len(err) == 1
+    assert err[0].startswith(f"train_basic.py: error: --data {file}: ") and CSV_FAULTS[text] in err[0]
+
+
+class Bomb:
+    """An object whose unpickling would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def bad_arrays(folder):
+    """Write files that are no tables; return what is said of each."""
+    X, y = np.ones((3, 2)), np.arange(3.0)
+    arrays = {
+        "scalar": (np.float64(1), "shape ()"),
+        "vector": (y, "shape (3,)"),
+        "cube": (np.ones((2, 2, 2)), "shape (2, 2, 2)"),
+        "complex": (X * 1j, "complex128"),
+        "text": (np.array([["a", "b"]]), "<U1"),
+        "objects": (np.array([[Bomb(folder / "bomb"), 1]], dtype=object), "objects are never read"),
+        "no-rows": (np.ones((0, 3)), "nothing"),
+        "no-columns": (np.ones((3, 0)), "nothing"),
+        "hole": (np.array([[1, 2], [3, np.nan]]), "row 2 (without header), column 2"),
+        "one-column": (np.ones((3, 1)), "only one column"),
+    }
+    for name, (array, _) in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    pairs = {
+        "no-y": ({"X": X}, "arrays X and y"),
+        "lengths": ({"X": X, "y": np.ones(4)}, "different numbers of rows"),
+        "cube-y": ({"X": X, "y": np.ones((3, 1, 1))}, "y holds float64 of shape (3, 1, 1)"),
+        "flat-X": ({"X": y, "y": y}, "X holds float64 of shape (3,)"),
+        "object-y": ({"X": X, "y": np.array([1, None, 2])}, "objects are never read"),
+        "inf-y": ({"X": X, "y": np.array([1, np.inf, 2])}, "y row 2"),
+    }
+    for name, (parts, _) in pairs.items():
+        np.savez(folder / f"{name}.npz", **parts)
+    whole = (folder / "no-y.npz").read_bytes()
+    (folder / "cut.npz").write_bytes(whole[:-20])
+    (folder / "cut.npy").write_bytes((folder / "cube.npy").read_bytes()[:-8])
+    (folder / "noise.npy").write_bytes(random.Random(0).randbytes(999))
+    (folder / "latin.csv").write_bytes("größe,x\n1,2\n".encode("latin-1"))
+    (folder / "folder.csv").mkdir()
+    (folder / "table.txt").write_text("1,2\n")
+    return {
+        **{f"{name}.npy": said for name, (_, said) in arrays.items()},
+        **{f"{name}.npz": said for name, (_, said) in pairs.items()},
+        **dict.fromkeys(["cut.npz", "cut.npy", "noise.npy"], "is not a whole"),
+        "latin.csv": "is not UTF-8 text",
+        "folder.csv": "Is a directory",
+        "missing.csv": "No such file",
+        "table.txt": "must end in .csv, .npy, .npz",
+    }
+
+
+def test_files_that_are_no_tables_are_told_in_one_line(tmp_path, command_line):
+    for name, said in bad_arrays(tmp_path).items():
+        out, err = command_line("train_accum.py", "--data", tmp_path / name, status=2)
+        assert out == [] and len(err) == 1 and said in err[0]
+        assert err[0].startswith(f"train_accum.py: error: --data {tmp_path / name}: ")
+    assert not (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(f"--{size} {value}" for size in ("batch-size", "epochs", "rows") for value in ("0", "-1", "1.5", "x")),
+        *("--accumulation-steps 0", "--hidden -1", "--log-every -1", "--seed -1", "--seed 4294967296", "--seed 1.5"),
+        *(f"--lr {value}" for value in ("nan", "inf", "0", "-1", "x")),
+        *(f"--device {value}" for value in ("meta", "cuda:99", "tpu", "CPU")),
+        *("--data x.csv --rows 5", "--batch 4", "--batch-size="),
+    ],
+)
+def test_bad_flags_are_told_in_one_line(command_line, flags):
+    out, err = command_line("train_accum.py", *flags.split(), status=2)
+    assert out == [] and len(err) == 1 and err[0].startswith("train_accum.py: error: ")
+    assert flags.split()[0].split("=")[0].replace("--data", "--rows") in err[0]
+
+
+def test_too_much_memory_is_told_in_one_line(command_line):
+    _, err = command_line("train_basic.py", "--rows", 2**31 - 1, "--hidden", 2**31 - 1, status=1)
+    assert len(err) == 1 and "out of memory; lower --batch-size" in err[0]

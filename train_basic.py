@@ -1,0 +1,47 @@
+"""One DataLoader batch, one optimizer step.
+
+    python train_basic.py
+    python train_basic.py --data table.csv --batch-size 64 --epochs 100
+
+A step is one optimizer.step(), and its window the rows whose mean loss it descends: here, a batch.
+"""
+
+import math
+
+import common  # before torch, so that Ctrl-C is quiet while torch loads
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def train(model, X, y, run=None, *, batch_size=32, epochs=10, lr=0.01, seed=0, log_every=1):
+    """Train `model` in place on inputs X (rows, n) and targets y (rows, t), and return it.
+
+    A step takes `batch_size` rows, the last of an epoch what is left: ceil(rows / batch_size) steps an epoch.
+    Every `log_every`th step is printed, none if 0. `run` is for the command line.
+    Raises FloatingPointError when the loss is no longer finite.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    loss_fn = nn.MSELoss()
+    steps = math.ceil(len(X) / batch_size)
+
+    for epoch in range(common.start(run, model, optimizer), epochs):
+        order = common.row_order(len(X), seed, epoch)
+        loader = DataLoader(TensorDataset(X, y), sampler=common.windows(order, batch_size), batch_size=None)
+        epoch_loss = torch.zeros((), device=device)
+        for step, (inputs, targets) in enumerate(loader, 1):
+            inputs, targets = inputs.to(device), targets.to(device)
+            loss = loss_fn(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            epoch_loss.add_(loss.detach(), alpha=len(targets) / len(X))
+            if log_every and (epoch * steps + step) % log_every == 0:
+                print(f"Epoch: {epoch + 1}/{epochs}, Step: {step}/{steps}, Loss: {loss.item():.6f}")
+        common.end_epoch(run, model, optimizer, epoch + 1, epoch_loss)
+    return model
+
+
+if __name__ == "__main__":
+    common.main(train)
