@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 
 try:
@@ -249,15 +250,17 @@ def write_checkpoint(file, state):
             os.remove(temporary)
 
 
-def read_checkpoint(file, settings):
-    """Return the dict in `file`, or None if there is no file yet. Raises InputError.
+def read_checkpoint(file, settings, model, optimizer):
+    """Load what `file` holds into `model` and `optimizer` and return it; None if there is no file yet.
 
-    Clears the temporary files of runs that were killed: nobody holds their lock.
+    Clears the temporary files of runs that were killed: nobody holds their lock. Raises InputError.
     """
-    folder = os.path.dirname(file)
     try:
-        if os.path.isdir(file) or not os.access(folder, os.W_OK):
-            raise InputError("a file name is needed, in a folder that exists and can be written to")
+        if os.path.isdir(file):
+            raise InputError("is a folder; a file name is needed")
+        probe = f"{file}.{os.getpid()}.tmp"  # better now than after an epoch
+        open(probe, "wb").close()
+        os.remove(probe)
         for temporary in glob.glob(glob.escape(file) + ".[0-9]*.tmp"):
             with contextlib.suppress(OSError):
                 with open(temporary, "rb") as stale:
@@ -265,20 +268,24 @@ def read_checkpoint(file, settings):
                 os.remove(temporary)
         if not os.path.exists(file):
             return None
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip():  # torch.load takes altered bytes for weights
+                raise zipfile.BadZipFile
         state = torch.load(file, map_location="cpu")
-        if not state.keys() >= {"model", "optimizer", "epoch", "settings"}:
-            raise KeyError
         found = state["settings"]
-        changes = [f"{k} is {settings[k]}, the checkpoint has {found[k]}" for k in found if settings[k] != found[k]]
-        if changes:
-            raise InputError("; ".join(changes))
-        return state
+        changed = [key for key in settings if settings[key] != found[key]]
+        if changed:
+            raise InputError("; ".join(f"{key} is {settings[key]}, the checkpoint has {found[key]}" for key in changed))
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return {**state, "epoch": int(state["epoch"])}
     except InputError as error:
         raise InputError(f"--checkpoint {file}: {error}") from None
     except OSError as error:
-        raise InputError(f"--checkpoint {file}: {error.strerror}") from None
-    except Exception:  # a damaged or alien file can fail anywhere in the unpickler
-        raise InputError(f"--checkpoint {file}: not a whole checkpoint of these scripts; left as it is") from None
+        needed = "a file that can be read, in a folder that can be written to, is needed"
+        raise InputError(f"--checkpoint {file}: {error.strerror}; {needed}") from None
+    except Exception:  # a damaged or alien file can fail anywhere in the unpickler, or have anything in it
+        raise InputError(f"--checkpoint {file}: is not a whole checkpoint of these scripts; left as it is") from None
 
 
 # ---- a run from the command line
@@ -293,9 +300,9 @@ def start(run, model, optimizer):
     join_processes(next(model.parameters()).device)
     if run is None:
         return 0
-    state = in_first_process(read_checkpoint, run.checkpoint, run.settings) if run.checkpoint else None
+    state = run.checkpoint and in_first_process(read_checkpoint, run.checkpoint, run.settings, model, optimizer)
     if state:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"])  # in the other processes
         optimizer.load_state_dict(state["optimizer"])
         run.plan += f"; {run.checkpoint} has {state['epoch']} of the epochs"
     run.first_epoch = run.epoch = state["epoch"] if state else 0

@@ -7,8 +7,10 @@ import contextlib
 import math
 import os
 import pathlib
+import pickle
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +18,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import common
@@ -405,3 +409,296 @@ def test_bad_flags_are_told_in_one_line(command_line, flags):
 def test_too_much_memory_is_told_in_one_line(command_line):
     _, err = command_line("train_basic.py", "--rows", 2**31 - 1, "--hidden", 2**31 - 1, status=1)
     assert len(err) == 1 and "out of memory; lower --batch-size" in err[0]
+
+
+# ---- checkpoint
+
+
+def steps_of(script):
+    """Return the flags that make a script's window 32 rows."""
+    return ("--batch-size", 8, "--accumulation-steps", 4) if script == "train_accum.py" else ("--batch-size", 32)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_weights(tmp_path, script):
+    flags = ("--rows", 500, "--epochs", 60, *steps_of(script), "--checkpoint", "run.pt")
+    for _ in range(2):
+        process = launch(script, *flags, cwd=tmp_path)
+        for _ in range(random.randrange(20, 300)):  # 16 lines an epoch
+            process.stdout.readline()
+        process.kill()
+        process.communicate()
+        assert 1 <= torch.load(tmp_path / "run.pt")["epoch"] < 60
+    (tmp_path / "run.pt.999999.tmp").write_bytes(b"left by a process that was killed")
+    out, _ = finish(launch(script, *flags, cwd=tmp_path))
+    assert "of the epochs" in out.splitlines()[0]
+    expected = trained(script, 500, torch.float32, epochs=60, **({} if "accum" in script else {"batch_size": 32}))
+    assert torch.equal(weights(tmp_path / "run.pt"), expected)
+    assert os.listdir(tmp_path) == ["run.pt"]
+
+
+def test_what_a_checkpoint_holds(tmp_path, command_line):
+    values = table(100)
+    np.savetxt(tmp_path / "t.csv", values, delimiter=",")
+    file = tmp_path / "run.pt"
+    command_line("train_manual.py", "--data", tmp_path / "t.csv", "--hidden", 3, "--epochs", 2, "--checkpoint", file)
+    state = torch.load(file)
+    assert state["epoch"] == 2 and state["torch"] == torch.__version__ and type(state["torch"]) is str
+    assert {"rows per step": 16, "--lr": 0.01, "--seed": 0, "--hidden": 3}.items() <= state["settings"].items()
+    assert np.allclose(state["mean"], values.mean(axis=0)) and np.allclose(state["std"], values.std(axis=0))
+    model = common.make_model(3, 1, hidden=3)
+    model.load_state_dict(state["model"])
+    torch.optim.SGD(model.parameters()).load_state_dict(state["optimizer"])
+
+
+def test_scripts_go_on_from_each_others_checkpoints(tmp_path, command_line):
+    file = tmp_path / "run.pt"
+    for epochs, script in enumerate(["train_basic.py", "train_accum.py", "train_manual.py", "train_basic.py"], 1):
+        out, _ = command_line(script, *steps_of(script), "--epochs", epochs, "--log-every", 0, "--checkpoint", file)
+        assert out[-1].startswith("32 optimizer steps")
+        assert epochs == 1 or f"{file} has {epochs - 1} of the epochs" in out[0]
+    expected = trained("train_basic.py", dtype=torch.float32, batch_size=32, epochs=4)
+    assert (weights(file) - expected).abs().max() < 1e-6
+    before = file.read_bytes()
+    (tmp_path / "run.pt.77777.tmp").write_bytes(b"")
+    out, _ = command_line("train_basic.py", "--epochs", 3, "--checkpoint", file)
+    assert out[-1] == f"nothing to train: {file} has 4 epochs; a larger --epochs goes on"
+    assert file.read_bytes() == before and os.listdir(tmp_path) == ["run.pt"]
+
+
+def test_a_changed_setting_is_told_with_both_values(tmp_path, command_line):
+    file = tmp_path / "run.pt"
+    command_line("train_basic.py", "--epochs", 1, "--checkpoint", file)
+    before = file.read_bytes()
+    changed = ("--lr", 0.1, "--seed", 1, "--batch-size", 16, "--hidden", 4, "--rows", 999)
+    _, err = command_line("train_basic.py", *changed, "--checkpoint", file, status=2)
+    assert len(err) == 1 and err[0].startswith(f"train_basic.py: error: --checkpoint {file}: ")
+    for difference in ("rows per step is 16", "--lr is 0.1", "--seed is 1", "--hidden is 4", "data is 999 x 10 + 1"):
+        assert f"{difference}, the checkpoint has " in err[0]
+    assert file.read_bytes() == before
+    np.save(tmp_path / "t.npy", common.make_data(1000)[0].flip(0))
+    state = torch.load(file)
+    state["settings"]["data"] = "1000 x 9 + 1"
+    torch.save(state, file)
+    _, err = command_line("train_basic.py", "--data", tmp_path / "t.npy", "--checkpoint", file, status=2)
+    assert "data checksum is " in err[0] and "--lr" not in err[0]
+    del state["settings"]["--lr"]
+    torch.save(state, file)
+    _, err = command_line("train_basic.py", "--checkpoint", file, status=2)
+    assert "not a whole checkpoint" in err[0]
+
+
+def test_files_that_are_no_checkpoints_are_told_in_one_line_and_kept(tmp_path, command_line):
+    file = tmp_path / "run.pt"
+    command_line("train_basic.py", "--epochs", 1, "--checkpoint", file)
+    state, whole = torch.load(file), file.read_bytes()
+    contents = {
+        "empty": b"",
+        "cut": whole[:-100],
+        "half": whole[: len(whole) // 2],
+        "altered": whole.replace(state["model"]["weight"].numpy().tobytes(), np.ones(10, np.float32).tobytes()),
+        "text": b"hello\n",
+        "pickle": pickle.dumps({"epoch": 1}),
+        "code": pickle.dumps(Bomb(tmp_path / "bomb")),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save(Bomb(tmp_path / "bomb"), tmp_path / "torch-code")
+    torch.save([1, 2], tmp_path / "list")
+    torch.save({"model": {}}, tmp_path / "alien")
+    torch.save({**state, "model": {"weight": torch.ones(2, 2)}}, tmp_path / "shape")
+    torch.save({**state, "epoch": "two"}, tmp_path / "word")
+    for name in [*contents, "torch-code", "list", "alien", "shape", "word"]:
+        path = tmp_path / name
+        before = path.read_bytes()
+        out, err = command_line("train_basic.py", "--checkpoint", path, status=2)
+        assert out == [] and len(err) == 1 and "whole checkpoint" in err[0], (name, out, err)
+        assert err[0].startswith(f"train_basic.py: error: --checkpoint {path}: ") and path.read_bytes() == before
+    assert not (tmp_path / "bomb").exists()
+    for path in (tmp_path, tmp_path / "missing" / "run.pt", file / "run.pt", tmp_path / ("x" * 250)):
+        out, err = command_line("train_basic.py", "--checkpoint", path, status=2)
+        assert out == [] and len(err) == 1 and str(path) in err[0] and err[0].endswith("is needed")
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, command_line):
+    file = tmp_path / "run.pt"
+    command_line("train_basic.py", "--epochs", 1, "--hidden", 500, "--checkpoint", file)
+    before = file.read_bytes()
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))
+
+    flags = ("--hidden", 500, "--checkpoint", "run.pt")
+    process = launch("train_basic.py", *flags, cwd=tmp_path, preexec_fn=small_files)
+    _, err = finish(process, status=2)
+    assert len(err.splitlines()) == 1 and "File too large; what it held before is safe" in err
+    assert file.read_bytes() == before and os.listdir(tmp_path) == ["run.pt"]
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_checkpoint(tmp_path, command_line):
+    file = tmp_path / "run.pt"
+    flags = ("--batch-size", 1000, "--lr", 1e9, "--log-every", 0, "--checkpoint", file)
+    _, err = command_line("train_basic.py", *flags, status=1)
+    epoch = torch.load(file)["epoch"]
+    assert f"epoch {epoch + 1}: the loss is not finite at --lr 1e+09" in err[0] and weights(file).isfinite().all()
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_says_what_is_safe(tmp_path, number, status):
+    processes = [
+        launch("train_accum.py", "--epochs", 2000, *flags, cwd=tmp_path) for flags in [("--checkpoint", "run.pt"), ()]
+    ]
+    for process in processes:
+        while "Epoch: 3/" not in process.stdout.readline():
+            pass
+    for process in processes:
+        process.send_signal(number)
+    errors = [finish(process, status)[1] for process in processes]
+    epoch = torch.load(tmp_path / "run.pt")["epoch"]
+    safe = f"epoch {epoch} of 2000 is safe in {tmp_path / 'run.pt'}; the same command goes on"
+    assert errors[0] == f"train_accum.py: interrupted; {safe}\n"
+    assert errors[1] == "train_accum.py: interrupted; no epoch is kept; --checkpoint FILE keeps each\n"
+    assert os.listdir(tmp_path) == ["run.pt"]
+
+
+def test_a_live_runs_temporary_file_is_left_alone(tmp_path, command_line):
+    stale, live = tmp_path / "run.pt.111.tmp", tmp_path / "run.pt.222.tmp"
+    stale.touch()
+    with open(live, "wb") as held:
+        common.lock(held)
+        command_line("train_basic.py", "--epochs", 1, "--checkpoint", tmp_path / "run.pt")
+        assert live.exists() and not stale.exists()
+    command_line("train_basic.py", "--epochs", 1, "--checkpoint", tmp_path / "run.pt")
+    assert os.listdir(tmp_path) == ["run.pt"]
+    # taken for a stale one while it is written: it is written once more
+    os_replace = os.replace
+
+    def replace(source, target):
+        os.replace = os_replace
+        os.remove(source)
+        os_replace(source, target)
+
+    os.replace = replace
+    common.write_checkpoint(str(tmp_path / "run.pt"), {"epoch": 5})
+    assert torch.load(tmp_path / "run.pt") == {"epoch": 5} and os.listdir(tmp_path) == ["run.pt"]
+
+
+# ---- processes
+
+
+SHARED = [(rows, cut) for rows in (1, 2, 7, 33, 1000, 1001, 1037) for cut in ((8, 4), (2, 3))]
+
+
+def worker(file):
+    """Train in every process of a torchrun launch; the first one saves weights and counts in `file`."""
+    reductions = []
+
+    class Counting(nn.parallel.DistributedDataParallel):
+        def __init__(self, module):
+            super().__init__(module)
+            self.register_comm_hook(None, self.reduce)
+
+        @staticmethod
+        def reduce(_, bucket):
+            reductions.append(1)
+            return allreduce_hook(None, bucket)
+
+    train_accum.DistributedDataParallel = Counting
+    result = {}
+    for rows, (batch_size, accumulation_steps) in SHARED:
+        sizes = {"batch_size": batch_size, "accumulation_steps": accumulation_steps}
+        reductions.clear()
+        vector = trained("train_accum.py", rows, torch.float32, **sizes)
+        result[rows, batch_size] = vector, len(reductions)
+    dist.destroy_process_group()
+    result["threads"] = len(os.listdir("/proc/self/task"))
+    if common.processes()[0] == 0:
+        torch.save(result, file)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_same_weights_in_several_processes_for_one_reduction_a_step(tmp_path, count):
+    file = tmp_path / "result.pt"
+    process = launch(*TORCHRUN, "--nproc-per-node", count, HERE / "test_scripts.py", file, cwd=tmp_path)
+    finish(process)
+    result = torch.load(file)
+    assert result.pop("threads") == 1
+    for (rows, batch_size), (vector, reductions) in result.items():
+        window = 32 if batch_size == 8 else 6
+        assert reductions == 3 * math.ceil(rows / window)
+        one = trained(
+            "train_accum.py", rows, torch.float32, batch_size=batch_size, accumulation_steps=window // batch_size
+        )
+        basic = trained("train_basic.py", rows, torch.float32, batch_size=window)
+        assert (vector - one).abs().max() <= 1e-6 and (vector - basic).abs().max() <= 1e-6
+
+
+def test_several_processes_speak_with_one_voice(tmp_path, command_line):
+    flags = ("--rows", 1001, "--epochs", 2, "--checkpoint", "run.pt")
+    good = launch(*TORCHRUN, "--nproc-per-node", 3, HERE / "train_accum.py", *flags, cwd=tmp_path)
+    out = finish(good)[0].splitlines()
+    alone, _ = command_line("train_accum.py", *flags[:4])
+    assert "3 processes on cpu" in out[0] and "1 process on cpu" in alone[0]
+    assert len(out) == len(alone) == 66
+    for line, expected in zip(out[1:-1], alone[1:-1]):
+        assert line[:-40] == expected[:-40] or abs(loss_in(line) - loss_in(expected)) <= 2e-6
+        assert line.split("Micro")[1] == expected.split("Micro")[1]
+    assert CLOSING.fullmatch(out[-1]).groups()[:2] == ("64", "252")
+
+
+def loss_in(line):
+    """Return the loss that a printed step has."""
+    return float(re.search(r"Loss: ([\d.]+)", line)[1])
+
+
+@pytest.mark.parametrize("flags", ["--lr 0", "--data missing.csv", "--checkpoint missing/run.pt", "--lr 10"])
+def test_bad_input_is_told_once(tmp_path, flags):
+    bad = launch(*TORCHRUN, "--nproc-per-node", 2, HERE / "train_accum.py", *flags.split(), cwd=tmp_path)
+    _, err = bad.communicate(timeout=60)
+    assert bad.returncode == 1 and err.count("train_accum.py: error: ") == 1
+
+
+@pytest.mark.parametrize("script", ["train_basic.py", "train_manual.py"])
+def test_single_process_lessons_name_the_command_for_several(command_line, monkeypatch, script):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, err = command_line(script, "--batch-size", 24, status=2)
+    assert len(err) == 1 and "train_accum.py --batch-size 24 --accumulation-steps 1" in err[0]
+
+
+def test_a_killed_worker_costs_at_most_its_epoch(tmp_path):
+    flags = ("--rows", 3000, "--epochs", 12, "--checkpoint", "run.pt")
+    shared = (*TORCHRUN, "--nproc-per-node", 2, "--max-restarts", 2, HERE / "train_accum.py", *flags)
+    (tmp_path / "undisturbed").mkdir()
+    (tmp_path / "killed").mkdir()
+    finish(launch(*shared, cwd=tmp_path / "undisturbed"))
+    process = launch(*shared, cwd=tmp_path / "killed")
+    lines = []
+    while not lines or "Epoch: 4/" not in lines[-1]:
+        lines.append(process.stdout.readline())
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert re.search(r"run.pt has [3-9] of the epochs", out) and "Epoch: 12/12" in out
+    assert torch.equal(weights(tmp_path / "killed" / "run.pt"), weights(tmp_path / "undisturbed" / "run.pt"))
+
+
+def test_two_machines_need_no_shared_disk(tmp_path):
+    port = random.randrange(20000, 30000)
+    for epochs in 1, 2:  # the second launch goes on from the first machine's checkpoint
+        machines = []
+        for node in range(2):
+            (tmp_path / str(node)).mkdir(exist_ok=True)
+            place = ("--nnodes", 2, "--nproc-per-node", 1, "--node-rank", node)
+            address = ("--master-addr", "127.0.0.1", "--master-port", port + epochs)
+            flags = (HERE / "train_accum.py", "--rows", 1001, "--epochs", epochs, "--checkpoint", "run.pt")
+            machines.append(launch(*TORCHRUN, *place, *address, *flags, cwd=tmp_path / str(node)))
+        outputs = [finish(machine)[0] for machine in machines]
+    assert "2 processes" in outputs[0] and "Epoch: 2/2, Step: 1/32" in outputs[0] and outputs[1] == ""
+    assert os.listdir(tmp_path / "0") == ["run.pt"] and os.listdir(tmp_path / "1") == []
+    expected = trained("train_accum.py", 1001, torch.float32, epochs=2)
+    assert (weights(tmp_path / "0" / "run.pt") - expected).abs().max() <= 1e-6
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1])
