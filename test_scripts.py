@@ -173,17 +173,18 @@ def test_saved_activations_shrink_with_the_micro_batch():
 # ---- what is printed
 
 
+LOSS = re.compile(r"Loss: (\d+\.\d{6})")
 CLOSING = re.compile(
     r"(\d+) optimizer steps, (\d+) micro-batches, last epoch's mean loss (\S+), \S+ s, [\d,]+ rows/s, "
     r"peak memory \d+ MiB of the process"
 )
 
 
-def test_default_runs_as_a_user_sees_them(tmp_path):
-    processes = [(script, launch(script, cwd=tmp_path)) for script in SCRIPTS for _ in range(2)]
-    outputs = {}
-    for script, process in processes:
-        outputs.setdefault(script, []).append(finish(process)[0].splitlines())
+def test_default_runs_as_a_user_sees_them(tmp_path, command_line):
+    processes = {script: launch(script, cwd=tmp_path) for script in SCRIPTS}
+    outputs = {
+        script: [finish(process)[0].splitlines(), command_line(script)[0]] for script, process in processes.items()
+    }
     for script, steps, micro_batches in [
         ("train_basic.py", 32, 32), ("train_accum.py", 32, 125), ("train_manual.py", 63, 63)
     ]:  # fmt: skip
@@ -193,7 +194,7 @@ def test_default_runs_as_a_user_sees_them(tmp_path):
         for fact in ("1000 rows", f"{steps} steps", "10 epochs", "cpu", f"torch {torch.__version__}", "seed 0"):
             assert fact in opening
         assert len(lines) == 10 * steps
-        losses = [float(re.search(r"Loss: (\d+\.\d{6})", line)[1]) for line in lines]
+        losses = [float(LOSS.search(line)[1]) for line in lines]
         assert lines[0].startswith(f"Epoch: 1/10, Step: 1/{steps}, Loss: ") and losses[0] > 1
         found = CLOSING.fullmatch(closing)
         assert found and (int(found[1]), int(found[2])) == (10 * steps, 10 * micro_batches)
@@ -223,16 +224,13 @@ def test_help_says_what_each_flag_does(command_line, capsys):
 
 
 def test_head_and_a_full_disk_end_quietly(tmp_path):
-    process = launch("train_accum.py", "--epochs", 500, cwd=tmp_path)
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(timeout=60) == 141 and process.stderr.read() == ""
-    if os.path.exists("/dev/full"):
-        process = subprocess.run(
-            f"exec {sys.executable} {HERE / 'train_basic.py'} > /dev/full", shell=True, capture_output=True, text=True
-        )
-        assert process.returncode == 1
-        assert process.stderr == "train_basic.py: error: standard output: No space left on device\n"
+    head = launch("train_accum.py", "--epochs", 500, cwd=tmp_path)
+    full = launch("sh", "-c", f"exec {sys.executable} {HERE / 'train_basic.py'} > /dev/full", cwd=tmp_path)
+    head.stdout.readline()
+    head.stdout.close()
+    assert head.wait(timeout=60) == 141 and head.stderr.read() == ""
+    _, err = finish(full, status=1)
+    assert err == "train_basic.py: error: standard output: No space left on device\n"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(command_line):
@@ -419,22 +417,27 @@ def steps_of(script):
     return ("--batch-size", 8, "--accumulation-steps", 4) if script == "train_accum.py" else ("--batch-size", 32)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_weights(tmp_path, script):
-    flags = ("--rows", 500, "--epochs", 60, *steps_of(script), "--checkpoint", "run.pt")
-    for _ in range(2):
-        process = launch(script, *flags, cwd=tmp_path)
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_weights(tmp_path):
+    def start(script):
+        (tmp_path / script).mkdir(exist_ok=True)
+        flags = ("--rows", 500, "--epochs", 100, *steps_of(script), "--checkpoint", "run.pt")
+        return launch(script, *flags, cwd=tmp_path / script)
+
+    processes = {script: start(script) for script in SCRIPTS}
+    for script, process in processes.items():
         for _ in range(random.randrange(20, 300)):  # 16 lines an epoch
             process.stdout.readline()
         process.kill()
         process.communicate()
-        assert 1 <= torch.load(tmp_path / "run.pt")["epoch"] < 60
-    (tmp_path / "run.pt.999999.tmp").write_bytes(b"left by a process that was killed")
-    out, _ = finish(launch(script, *flags, cwd=tmp_path))
-    assert "of the epochs" in out.splitlines()[0]
-    expected = trained(script, 500, torch.float32, epochs=60, **({} if "accum" in script else {"batch_size": 32}))
-    assert torch.equal(weights(tmp_path / "run.pt"), expected)
-    assert os.listdir(tmp_path) == ["run.pt"]
+        assert 1 <= torch.load(tmp_path / script / "run.pt")["epoch"] < 100
+        (tmp_path / script / "run.pt.999999.tmp").write_bytes(b"left by a process that was killed")
+    processes = {script: start(script) for script in SCRIPTS}
+    for script, process in processes.items():
+        assert "of the epochs" in finish(process)[0].splitlines()[0]
+        sizes = {} if script == "train_accum.py" else {"batch_size": 32}
+        expected = trained(script, 500, torch.float32, epochs=100, **sizes)
+        assert torch.equal(weights(tmp_path / script / "run.pt"), expected)
+        assert os.listdir(tmp_path / script) == ["run.pt"]
 
 
 def test_what_a_checkpoint_holds(tmp_path, command_line):
@@ -543,22 +546,23 @@ def test_a_loss_that_is_not_finite_never_reaches_the_checkpoint(tmp_path, comman
     assert f"epoch {epoch + 1}: the loss is not finite at --lr 1e+09" in err[0] and weights(file).isfinite().all()
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_says_what_is_safe(tmp_path, number, status):
-    processes = [
-        launch("train_accum.py", "--epochs", 2000, *flags, cwd=tmp_path) for flags in [("--checkpoint", "run.pt"), ()]
-    ]
-    for process in processes:
+def test_an_interrupt_says_what_is_safe(tmp_path):
+    cases = [(signal.SIGINT, 130, "a.pt"), (signal.SIGTERM, 143, "b.pt"), (signal.SIGINT, 130, None)]
+    processes = []
+    for _, _, file in cases:
+        flags = ("--checkpoint", file) if file else ()
+        processes.append(launch("train_accum.py", "--epochs", 2000, *flags, cwd=tmp_path))
+    for process, (number, status, file) in zip(processes, cases):
         while "Epoch: 3/" not in process.stdout.readline():
             pass
-    for process in processes:
         process.send_signal(number)
-    errors = [finish(process, status)[1] for process in processes]
-    epoch = torch.load(tmp_path / "run.pt")["epoch"]
-    safe = f"epoch {epoch} of 2000 is safe in {tmp_path / 'run.pt'}; the same command goes on"
-    assert errors[0] == f"train_accum.py: interrupted; {safe}\n"
-    assert errors[1] == "train_accum.py: interrupted; no epoch is kept; --checkpoint FILE keeps each\n"
-    assert os.listdir(tmp_path) == ["run.pt"]
+        _, err = finish(process, status)
+        said = "no epoch is kept; --checkpoint FILE keeps each"
+        if file:
+            epoch = torch.load(tmp_path / file)["epoch"]
+            said = f"epoch {epoch} of 2000 is safe in {tmp_path / file}; the same command goes on"
+        assert err == f"train_accum.py: interrupted; {said}\n"
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt"]
 
 
 def test_a_live_runs_temporary_file_is_left_alone(tmp_path, command_line):
@@ -586,7 +590,7 @@ def test_a_live_runs_temporary_file_is_left_alone(tmp_path, command_line):
 # ---- processes
 
 
-SHARED = [(rows, cut) for rows in (1, 2, 7, 33, 1000, 1001, 1037) for cut in ((8, 4), (2, 3))]
+SHARED = [(rows, (8, 4)) for rows in (1, 2, 7, 33, 1000, 1001, 1037)] + [(rows, (2, 3)) for rows in (1, 2, 7, 33)]
 
 
 def worker(file):
@@ -616,46 +620,32 @@ def worker(file):
         torch.save(result, file)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_same_weights_in_several_processes_for_one_reduction_a_step(tmp_path, count):
-    file = tmp_path / "result.pt"
-    process = launch(*TORCHRUN, "--nproc-per-node", count, HERE / "test_scripts.py", file, cwd=tmp_path)
-    finish(process)
-    result = torch.load(file)
-    assert result.pop("threads") == 1
-    for (rows, batch_size), (vector, reductions) in result.items():
-        window = 32 if batch_size == 8 else 6
-        assert reductions == 3 * math.ceil(rows / window)
-        one = trained(
-            "train_accum.py", rows, torch.float32, batch_size=batch_size, accumulation_steps=window // batch_size
-        )
-        basic = trained("train_basic.py", rows, torch.float32, batch_size=window)
-        assert (vector - one).abs().max() <= 1e-6 and (vector - basic).abs().max() <= 1e-6
+def test_same_weights_in_several_processes_for_one_reduction_a_step(tmp_path):
+    for process in [
+        launch(*TORCHRUN, "--nproc-per-node", count, HERE / "test_scripts.py", f"{count}.pt", cwd=tmp_path)
+        for count in (2, 3)
+    ]:
+        finish(process)
+    for count in (2, 3):
+        result = torch.load(tmp_path / f"{count}.pt")
+        assert result.pop("threads") == 1
+        for (rows, batch_size), (vector, reductions) in result.items():
+            sizes = {"batch_size": batch_size, "accumulation_steps": 4 if batch_size == 8 else 3}
+            window = math.prod(sizes.values())
+            assert reductions == 3 * math.ceil(rows / window)
+            for alone in (
+                trained("train_accum.py", rows, torch.float32, **sizes),
+                trained("train_basic.py", rows, torch.float32, batch_size=window),
+            ):
+                assert (vector - alone).abs().max() <= 1e-6
 
 
-def test_several_processes_speak_with_one_voice(tmp_path, command_line):
-    flags = ("--rows", 1001, "--epochs", 2, "--checkpoint", "run.pt")
-    good = launch(*TORCHRUN, "--nproc-per-node", 3, HERE / "train_accum.py", *flags, cwd=tmp_path)
-    out = finish(good)[0].splitlines()
-    alone, _ = command_line("train_accum.py", *flags[:4])
-    assert "3 processes on cpu" in out[0] and "1 process on cpu" in alone[0]
-    assert len(out) == len(alone) == 66
-    for line, expected in zip(out[1:-1], alone[1:-1]):
-        assert line[:-40] == expected[:-40] or abs(loss_in(line) - loss_in(expected)) <= 2e-6
-        assert line.split("Micro")[1] == expected.split("Micro")[1]
-    assert CLOSING.fullmatch(out[-1]).groups()[:2] == ("64", "252")
-
-
-def loss_in(line):
-    """Return the loss that a printed step has."""
-    return float(re.search(r"Loss: ([\d.]+)", line)[1])
-
-
-@pytest.mark.parametrize("flags", ["--lr 0", "--data missing.csv", "--checkpoint missing/run.pt", "--lr 10"])
-def test_bad_input_is_told_once(tmp_path, flags):
-    bad = launch(*TORCHRUN, "--nproc-per-node", 2, HERE / "train_accum.py", *flags.split(), cwd=tmp_path)
-    _, err = bad.communicate(timeout=60)
-    assert bad.returncode == 1 and err.count("train_accum.py: error: ") == 1
+def test_bad_input_is_told_once(tmp_path):
+    cases = [("--data", "missing.csv"), ("--checkpoint", "missing/run.pt")]
+    shared = (*TORCHRUN, "--nproc-per-node", 2, HERE / "train_accum.py")
+    for process in [launch(*shared, *flags, cwd=tmp_path) for flags in cases]:
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 1 and err.count("train_accum.py: error: ") == 1
 
 
 @pytest.mark.parametrize("script", ["train_basic.py", "train_manual.py"])
@@ -665,36 +655,45 @@ def test_single_process_lessons_name_the_command_for_several(command_line, monke
     assert len(err) == 1 and "train_accum.py --batch-size 24 --accumulation-steps 1" in err[0]
 
 
-def test_a_killed_worker_costs_at_most_its_epoch(tmp_path):
-    flags = ("--rows", 3000, "--epochs", 12, "--checkpoint", "run.pt")
+def test_a_killed_worker_costs_at_most_its_epoch(tmp_path, command_line):
+    flags = ("--rows", 1001, "--epochs", 10)
     shared = (*TORCHRUN, "--nproc-per-node", 2, "--max-restarts", 2, HERE / "train_accum.py", *flags)
-    (tmp_path / "undisturbed").mkdir()
-    (tmp_path / "killed").mkdir()
-    finish(launch(*shared, cwd=tmp_path / "undisturbed"))
-    process = launch(*shared, cwd=tmp_path / "killed")
-    lines = []
-    while not lines or "Epoch: 4/" not in lines[-1]:
-        lines.append(process.stdout.readline())
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
-    assert re.search(r"run.pt has [3-9] of the epochs", out) and "Epoch: 12/12" in out
+    processes = []
+    for folder in ("undisturbed", "killed"):
+        (tmp_path / folder).mkdir()
+        processes.append(launch(*shared, "--checkpoint", "run.pt", cwd=tmp_path / folder))
+    undisturbed, killed = processes
+    while "Epoch: 4/" not in killed.stdout.readline():
+        pass
+    agent = f"/proc/{killed.pid}/task/{killed.pid}/children"
+    os.kill(int(pathlib.Path(agent).read_text().split()[-1]), signal.SIGKILL)
+    out, err = killed.communicate(timeout=100)
+    assert killed.returncode == 0, err
+    assert re.search(r"run.pt has [3-9] of the epochs", out) and "Epoch: 10/10" in out
+
+    several, (alone, _) = finish(undisturbed)[0].splitlines(), command_line("train_accum.py", *flags)
     assert torch.equal(weights(tmp_path / "killed" / "run.pt"), weights(tmp_path / "undisturbed" / "run.pt"))
+    assert "2 processes on cpu" in several[0] and "1 process on cpu" in alone[0]
+    assert len(several) == len(alone) == 322  # one voice
+    for line, expected in zip(several[1:-1], alone[1:-1]):
+        assert float(LOSS.search(line)[1]) == pytest.approx(float(LOSS.search(expected)[1]), abs=2e-6)
+        assert LOSS.sub("", line) == LOSS.sub("", expected)
+    assert CLOSING.fullmatch(several[-1]).groups()[:2] == CLOSING.fullmatch(alone[-1]).groups()[:2]
 
 
-def test_two_machines_need_no_shared_disk(tmp_path):
-    port = random.randrange(20000, 30000)
-    for epochs in 1, 2:  # the second launch goes on from the first machine's checkpoint
-        machines = []
-        for node in range(2):
-            (tmp_path / str(node)).mkdir(exist_ok=True)
-            place = ("--nnodes", 2, "--nproc-per-node", 1, "--node-rank", node)
-            address = ("--master-addr", "127.0.0.1", "--master-port", port + epochs)
-            flags = (HERE / "train_accum.py", "--rows", 1001, "--epochs", epochs, "--checkpoint", "run.pt")
-            machines.append(launch(*TORCHRUN, *place, *address, *flags, cwd=tmp_path / str(node)))
-        outputs = [finish(machine)[0] for machine in machines]
-    assert "2 processes" in outputs[0] and "Epoch: 2/2, Step: 1/32" in outputs[0] and outputs[1] == ""
+def test_two_machines_need_no_shared_disk(tmp_path, command_line):
+    flags = ("--rows", 1001, "--checkpoint")
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    command_line("train_accum.py", "--epochs", 1, *flags, tmp_path / "0" / "run.pt")
+    port, machines = random.randrange(20000, 30000), []
+    for node in range(2):
+        place = ("--nnodes", 2, "--nproc-per-node", 1, "--node-rank", node)
+        address = ("--master-addr", "127.0.0.1", "--master-port", port)
+        script = (HERE / "train_accum.py", "--epochs", 2, *flags, "run.pt")
+        machines.append(launch(*TORCHRUN, *place, *address, *script, cwd=tmp_path / str(node)))
+    outputs = [finish(machine)[0] for machine in machines]
+    assert "2 processes" in outputs[0] and "has 1 of the epochs" in outputs[0] and outputs[1] == ""
     assert os.listdir(tmp_path / "0") == ["run.pt"] and os.listdir(tmp_path / "1") == []
     expected = trained("train_accum.py", 1001, torch.float32, epochs=2)
     assert (weights(tmp_path / "0" / "run.pt") - expected).abs().max() <= 1e-6
