@@ -289,11 +289,11 @@ def test_a_constant_column_becomes_zeros(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_loss_comes_down_to_the_least_squares_floor(tmp_path, command_line, script):
-    values = np.random.default_rng(1).normal(size=(442, 11)) @ np.random.default_rng(2).normal(size=(11, 11))
-    values[:, -1] += 3 * np.random.default_rng(3).normal(size=442)
+    values = np.random.default_rng(1).normal(size=(220, 11)) @ np.random.default_rng(2).normal(size=(11, 11))
+    values[:, -1] += 3 * np.random.default_rng(3).normal(size=220)
     np.savetxt(tmp_path / "t.csv", values, delimiter=",", header="a,b,c,d,e,f,g,h,i,j,target", comments="")
     scaled = (values - values.mean(axis=0)) / values.std(axis=0)
-    floor = np.linalg.lstsq(scaled[:, :-1], scaled[:, -1])[1][0] / 442
+    floor = np.linalg.lstsq(scaled[:, :-1], scaled[:, -1])[1][0] / 220
     out, _ = command_line(script, "--data", tmp_path / "t.csv", "--epochs", 400, "--log-every", 0)
     loss = float(CLOSING.fullmatch(out[-1])[3])
     assert 0.99 * floor < loss < 1.05 * floor
@@ -417,27 +417,26 @@ def steps_of(script):
     return ("--batch-size", 8, "--accumulation-steps", 4) if script == "train_accum.py" else ("--batch-size", 32)
 
 
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_weights(tmp_path):
-    def start(script):
-        (tmp_path / script).mkdir(exist_ok=True)
-        flags = ("--rows", 500, "--epochs", 100, *steps_of(script), "--checkpoint", "run.pt")
-        return launch(script, *flags, cwd=tmp_path / script)
-
-    processes = {script: start(script) for script in SCRIPTS}
-    for script, process in processes.items():
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_weights(tmp_path, command_line):
+    flags = {script: ("--rows", 500, "--epochs", 100, *steps_of(script)) for script in SCRIPTS}
+    files = {script: tmp_path / script / "run.pt" for script in SCRIPTS}
+    processes = {}
+    for script, file in files.items():
+        file.parent.mkdir()
+        processes[script] = launch(script, *flags[script], "--checkpoint", "run.pt", cwd=file.parent)
+    for script, file in files.items():
         for _ in range(random.randrange(20, 300)):  # 16 lines an epoch
-            process.stdout.readline()
-        process.kill()
-        process.communicate()
-        assert 1 <= torch.load(tmp_path / script / "run.pt")["epoch"] < 100
-        (tmp_path / script / "run.pt.999999.tmp").write_bytes(b"left by a process that was killed")
-    processes = {script: start(script) for script in SCRIPTS}
-    for script, process in processes.items():
-        assert "of the epochs" in finish(process)[0].splitlines()[0]
+            processes[script].stdout.readline()
+        processes[script].kill()
+        processes[script].communicate()
+        assert 1 <= torch.load(file)["epoch"] < 100
+        (file.parent / "run.pt.999999.tmp").write_bytes(b"left by a process that was killed")
+        out, _ = command_line(script, *flags[script], "--checkpoint", file)
+        assert "of the epochs" in out[0]
         sizes = {} if script == "train_accum.py" else {"batch_size": 32}
         expected = trained(script, 500, torch.float32, epochs=100, **sizes)
-        assert torch.equal(weights(tmp_path / script / "run.pt"), expected)
-        assert os.listdir(tmp_path / script) == ["run.pt"]
+        assert torch.equal(weights(file), expected)
+        assert os.listdir(file.parent) == ["run.pt"]
 
 
 def test_what_a_checkpoint_holds(tmp_path, command_line):
@@ -528,13 +527,13 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, command_line):
     command_line("train_basic.py", "--epochs", 1, "--hidden", 500, "--checkpoint", file)
     before = file.read_bytes()
 
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))
-
-    flags = ("--hidden", 500, "--checkpoint", "run.pt")
-    process = launch("train_basic.py", *flags, cwd=tmp_path, preexec_fn=small_files)
-    _, err = finish(process, status=2)
-    assert len(err.splitlines()) == 1 and "File too large; what it held before is safe" in err
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9999, limits[1]))
+    try:
+        _, err = command_line("train_basic.py", "--hidden", 500, "--checkpoint", file, status=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(err) == 1 and err[0].endswith(f"--checkpoint {file}: File too large; what it held before is safe")
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["run.pt"]
 
 
@@ -547,7 +546,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_checkpoint(tmp_path, comman
 
 
 def test_an_interrupt_says_what_is_safe(tmp_path):
-    cases = [(signal.SIGINT, 130, "a.pt"), (signal.SIGTERM, 143, "b.pt"), (signal.SIGINT, 130, None)]
+    cases = [(signal.SIGTERM, 143, "run.pt"), (signal.SIGINT, 130, None)]
     processes = []
     for _, _, file in cases:
         flags = ("--checkpoint", file) if file else ()
@@ -562,7 +561,7 @@ def test_an_interrupt_says_what_is_safe(tmp_path):
             epoch = torch.load(tmp_path / file)["epoch"]
             said = f"epoch {epoch} of 2000 is safe in {tmp_path / file}; the same command goes on"
         assert err == f"train_accum.py: interrupted; {said}\n"
-    assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt"]
+    assert os.listdir(tmp_path) == ["run.pt"]
 
 
 def test_a_live_runs_temporary_file_is_left_alone(tmp_path, command_line):
@@ -697,6 +696,43 @@ def test_two_machines_need_no_shared_disk(tmp_path, command_line):
     assert os.listdir(tmp_path / "0") == ["run.pt"] and os.listdir(tmp_path / "1") == []
     expected = trained("train_accum.py", 1001, torch.float32, epochs=2)
     assert (weights(tmp_path / "0" / "run.pt") - expected).abs().max() <= 1e-6
+
+
+# ---- README
+
+
+def blocks(language):
+    """Return the README's code blocks in a language, in order."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_every_block_of_the_readme_runs(tmp_path, monkeypatch):
+    for path in [*HERE.glob("*.py"), HERE / "requirements.txt"]:
+        (tmp_path / path.name).symlink_to(path)
+    setup, proof, peers, sizes, data, scaling, machines = blocks("sh")
+    assert setup.count("\n") == 2 and "pytest" in setup  # run by .ci/run: this test is part of it
+    assert ".ci/peers.py" in peers  # needs other packages
+    assert "--nnodes 2" in machines  # needs two machines: test_two_machines_need_no_shared_disk plays them
+    bin_folder = pathlib.Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    running = [launch("sh", "-ec", block, cwd=tmp_path, env=environment) for block in (proof, sizes, data, scaling)]
+    for process in running:
+        out, _ = finish(process)
+        assert "peak memory" in out
+    monkeypatch.chdir(tmp_path)
+    session = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), session)
+
+
+def test_the_readme_shows_what_is_printed(command_line):
+    out, _ = command_line("train_accum.py")
+    shown = next(block for block in blocks("text") if "Epoch: " in block).splitlines()
+    assert shown[:2] == [out[0].replace(torch.__version__, "2.13.0+cpu"), out[1]] and shown[3] == out[-2]
+    assert re.sub(r"[\d.,]+ s, .*", "", shown[4]) == re.sub(r"[\d.,]+ s, .*", "", out[-1])
+    flags = set(re.findall(r"`?(--[a-z-]+)", (HERE / "README.md").read_text(encoding="utf-8")))
+    assert {"--data", "--rows", "--hidden", "--batch-size", "--log-every", "--checkpoint"} <= flags
 
 
 if __name__ == "__main__":
