@@ -238,8 +238,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(command_line):
         _, err = command_line(script, "--lr", 10, "--log-every", 0, status=1)
         assert err == [f"{script}: error: epoch 1: the loss is not finite at --lr 10; try --lr 1"]
     X, y = common.make_data(20)
-    with pytest.raises(FloatingPointError):  # the only step's loss is finite, the weights after it are not
-        train_basic.train(common.make_model(10, 1), X, y * 1e15, epochs=1, lr=1e30, log_every=0)
+    for scale, lr in (1e15, 1e30), (1e25, 1e-30):  # a finite loss, weights that are not; and the other way round
+        with pytest.raises(FloatingPointError):
+            train_basic.train(common.make_model(10, 1), X, y * scale, epochs=1, lr=lr, log_every=0)
 
 
 # ---- data
@@ -253,7 +254,7 @@ def table(rows=40, columns=4):
 
 
 @pytest.mark.parametrize(
-    "kind", ["plain", "header", "quotes", "excel", "blank lines", "npy", "fortran", "npz", "npz 2"]
+    "kind", ["plain", "header", "quotes", "bom", "excel", "blank lines", "npy", "fortran", "npz", "npz 2"]
 )
 def test_every_kind_of_file_gives_the_same_standardised_columns(tmp_path, kind):
     values = table()
@@ -269,7 +270,7 @@ def test_every_kind_of_file_gives_the_same_standardised_columns(tmp_path, kind):
         path = tmp_path / "t.CSV"
         if kind == "quotes":
             text = "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in text.split("\n"))
-        header = {"header": "a,b,,target\n", "excel": '\ufeff"a","b, c","d","e"\n'}.get(kind, "")
+        header = {"header": "a,b,,target\n", "bom": "\ufeff", "excel": '\ufeff"a","b, c","d","e"\n'}.get(kind, "")
         text = (header + text).replace("\n", {"excel": "\r\n", "blank lines": "\n\n"}.get(kind, "\n"))
         path.write_bytes(text.encode())
     X, y, scale = common.load_data(str(path))
@@ -520,6 +521,21 @@ def test_files_that_are_no_checkpoints_are_told_in_one_line_and_kept(tmp_path, c
     for path in (tmp_path, tmp_path / "missing" / "run.pt", file / "run.pt", tmp_path / ("x" * 250)):
         out, err = command_line("train_basic.py", "--checkpoint", path, status=2)
         assert out == [] and len(err) == 1 and str(path) in err[0] and err[0].endswith("is needed")
+
+
+def test_a_checkpoint_is_on_disk_before_it_takes_the_old_ones_place(tmp_path, command_line, monkeypatch):
+    file = tmp_path / "run.pt"
+    command_line("train_basic.py", "--epochs", 1, "--checkpoint", file)
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
+    with open(file, "rb") as old:
+        before = old.read()
+        command_line("train_basic.py", "--epochs", 2, "--checkpoint", file)
+        old.seek(0)
+        assert old.read() == before  # never written into
+    assert calls == ["fsync", "replace"]
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, command_line):
