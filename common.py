@@ -5,7 +5,9 @@ How a step is computed stands in the scripts alone; read one of them first.
 
 import argparse
 import contextlib
+import csv
 import datetime
+import errno
 import glob
 import io
 import itertools
@@ -30,8 +32,9 @@ except KeyboardInterrupt:  # most of a short run is this import
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = resource = None
 
 
 class InputError(ValueError):
@@ -60,7 +63,7 @@ def make_data(rows):
 
 
 def load_data(path):
-    """Return float32 inputs (rows, n), targets (rows, t) and their scale; raises InputError.
+    """Return standardised float32 inputs (rows, n), targets (rows, t) and their scale; raises InputError.
 
     `path` is a .csv or 2-D .npy table, its last column the target, or an .npz with arrays X and y. Every
     column is brought to mean 0 and deviation 1, a constant one to zeros: the mean squared error is then
@@ -72,20 +75,11 @@ def load_data(path):
         if kind not in readers:
             raise InputError(f"the name must end in {', '.join(readers)}")
         with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
-            arrays = readers[kind](file)
-            for name, array in arrays.items():
-                if array.ndim != 2 or not array.size or array.dtype.kind not in "biuf":
-                    found = f"{array.dtype} of shape {array.shape}" if array.size else "nothing"
-                    raise InputError(f"{name} holds {found}; real numbers in rows and columns are needed")
-                arrays[name] = array = array.astype(np.float64, copy=False)
-                if not np.isfinite(array).all():
-                    row, column = np.argwhere(~np.isfinite(array))[0]
-                    cell = f"{name} row {row + 1} (without header), column {column + 1}"
-                    raise InputError(f"{cell}: {array[row, column]} is not a finite number")
+            arrays = {name: real_numbers(name, array) for name, array in readers[kind](file).items()}
             if len({len(array) for array in arrays.values()}) > 1:
                 raise InputError("X and y have different numbers of rows")
-            table = np.hstack(list(arrays.values())) if "y" in arrays else array
-            inputs = table.shape[1] - (array.shape[1] if "y" in arrays else 1)
+            table = np.hstack(list(arrays.values())) if "y" in arrays else arrays["table"]
+            inputs = table.shape[1] - (arrays["y"].shape[1] if "y" in arrays else 1)
             if inputs < 1:
                 raise InputError("there is only one column; at least one input and the target are needed")
             mean, std = table.mean(axis=0), table.std(axis=0)
@@ -96,6 +90,8 @@ def load_data(path):
                 raise InputError(f"column {fits.argmin() + 1}: values too large or too small to standardise")
             table -= mean
             table /= std
+    except MemoryError:
+        raise InputError(f"--data {path}: does not fit in memory, or is damaged") from None
     except (InputError, OSError) as error:
         raise InputError(f"--data {path}: {getattr(error, 'strerror', error)}") from None
     X, y = (torch.from_numpy(part.astype(np.float32, order="C")) for part in (table[:, :inputs], table[:, inputs:]))
@@ -108,17 +104,26 @@ def read_csv(file):
     lines = (line for _, line in zip(count, io.TextIOWrapper(file, encoding="utf-8-sig")))
     try:
         first = next(lines, "")
-        header = first.strip(', "\r\n') != ""
-        for cell in first.split(","):
-            with contextlib.suppress(ValueError):
-                header = float(cell.strip(' "\r\n')) is None  # False, unless float() raises
-        lines = lines if header else itertools.chain([first], lines)
-        return {"table": np.loadtxt(lines, delimiter=",", comments=None, quotechar='"', ndmin=2)}
+        cells = next(csv.reader([first]), [])
+        if any(cells) and not any(map(is_number, cells)):
+            first = ""
+        table = np.loadtxt(itertools.chain([first], lines), delimiter=",", comments=None, quotechar='"', ndmin=2)
     except UnicodeDecodeError:
         raise InputError("is not UTF-8 text") from None
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         fault = re.sub(" at row [0-9]+|; use .*|[.]$", "", str(error))  # numpy's rows leave out blank lines
-        raise InputError(f"line {next(count) - 1}: {fault}; numbers between commas are needed") from None
+        needed = "numbers between commas are needed, under at most one line without any"
+        raise InputError(f"line {next(count) - 1}: {fault}; {needed}") from None
+    if table.size and len(cells) not in (0, table.shape[1]):
+        raise InputError(f"line 1 has {len(cells)} cells, the others have {table.shape[1]}; the same are needed")
+    return {"table": table}
+
+
+def is_number(cell):
+    """Say whether a CSV cell is a number, nan and inf included."""
+    with contextlib.suppress(ValueError):
+        return float(cell) is not None
+    return False
 
 
 def read_arrays(file):
@@ -126,7 +131,7 @@ def read_arrays(file):
     try:
         loaded = np.load(file, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return {"array": loaded}
+            return {"table": loaded}
         X, y = np.asarray(loaded["X"]), np.asarray(loaded["y"])
         return {"X": X, "y": y[:, None] if y.ndim == 1 else y}
     except MemoryError:
@@ -134,6 +139,19 @@ def read_arrays(file):
     except Exception:  # a damaged file can fail anywhere in numpy, zipfile or zlib
         wanted = "a whole .npy array, or .npz with arrays X and y; objects are never read"
         raise InputError(f"is not {wanted}") from None
+
+
+def real_numbers(name, array):
+    """Return a 2-D array of finite real numbers as float64; raises InputError for any other."""
+    if array.ndim != 2 or not array.size or array.dtype.kind not in "biuf":
+        found = f"{array.dtype} of shape {array.shape}" if array.size else "nothing"
+        raise InputError(f"{name} holds {found}; real numbers in rows and columns are needed")
+    array = array.astype(np.float64, copy=False)
+    if not np.isfinite(array).all():
+        row, column = np.argwhere(~np.isfinite(array))[0]
+        cell = f"{name} row {row + 1} (without header), column {column + 1}"
+        raise InputError(f"{cell}: {array[row, column]} is not a finite number")
+    return array
 
 
 def row_order(rows, seed, epoch):
@@ -144,28 +162,16 @@ def row_order(rows, seed, epoch):
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed + epoch))
 
 
-def windows(order, size):
-    """Yield `order` in pieces of `size` rows, the last one maybe shorter.
-
-    As a DataLoader's sampler, with batch_size=None, each piece is fetched by one indexing operation and
-    not row by row.
-    """
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
 # ---- device and processes
 
 
 def pick_device(name):
     """Return the torch.device called `name`; "auto" is the accelerator, if there is one. Raises InputError."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    count = torch.accelerator.device_count() if accelerator else 0
-    present = ["cpu"] + [f"{accelerator.type}:{index}" for index in range(count)]
-    if accelerator and name in ("auto", accelerator.type):
-        name = f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"  # one device per process
-    if name == "auto":
-        name = "cpu"
+    kind, count = (accelerator.type, torch.accelerator.device_count()) if accelerator else ("cpu", 0)
+    present = ["cpu"] + [f"{kind}:{index}" for index in range(count)]
+    if name in ("auto", kind):
+        name = f"{kind}:{os.environ.get('LOCAL_RANK', 0)}" if accelerator else "cpu"  # one device per process
     if name not in present:
         raise InputError(f"--device {name}: not here; present: {', '.join(present)}")
     return torch.device(name)
@@ -177,31 +183,32 @@ def processes():
 
 
 def join_processes(device):
-    """Open the process group of a torchrun launch; the first optimizer must have been built before.
-
-    Building it imports torch.distributed.nn.functional, whose default arguments would hold an open group
-    for ever, and with it gloo's threads: some runs would abort while the interpreter ends.
-    """
-    if processes()[1] == 1 or dist.is_initialized():
+    """Open the process group of a torchrun launch, if it is one and this was not done before."""
+    rank, world_size = processes()
+    if world_size == 1 or dist.is_initialized():
         return
+    # Its default arguments hold the group that is open when it is first imported, by an optimizer or DDP, for
+    # ever, and gloo's threads with it: some runs would abort at the interpreter's end. So: before any is open.
+    import torch.distributed.nn.functional
+
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-    options = {"timeout": datetime.timedelta(minutes=5)}  # until a lost process is noticed; the default is 30
-    store, options["rank"], options["world_size"] = next(rendezvous("env://", **options))
+    timeout = datetime.timedelta(minutes=5)  # until a lost process is noticed; the default is 30
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps one store for all restarts: without a prefix, addresses of the last attempt are read
         # (pytorch/pytorch#135712). Several machines count their restarts apart, so they cannot use it.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(dist.get_default_backend_for_device(device), store=store, **options)
+    backend = dist.get_default_backend_for_device(device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def mean_over_processes(value):
     """Return the mean of a tensor over the processes; all of them must call it."""
-    if not dist.is_initialized():
-        return value
-    total = value.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+    if dist.is_initialized():
+        value = value / dist.get_world_size()
+        dist.all_reduce(value)
+    return value
 
 
 def in_first_process(function, *args):
@@ -255,51 +262,68 @@ def read_checkpoint(file, settings, model, optimizer):
 
     Clears the temporary files of runs that were killed: nobody holds their lock. Raises InputError.
     """
+    damaged = InputError(f"--checkpoint {file}: is not a whole checkpoint of these scripts; left as it is")
     try:
-        if os.path.isdir(file):
-            raise InputError("is a folder; a file name is needed")
-        probe = f"{file}.{os.getpid()}.tmp"  # better now than after an epoch
+        probe = f"{file}.{os.getpid()}.tmp"  # what keeps it from being written is told now, not after an epoch
         open(probe, "wb").close()
-        os.remove(probe)
-        for temporary in glob.glob(glob.escape(file) + ".[0-9]*.tmp"):
-            with contextlib.suppress(OSError):
-                with open(temporary, "rb") as stale:
-                    lock(stale)
-                os.remove(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(probe)
+        for temporary in glob.glob(glob.escape(file) + ".*.tmp"):
+            if temporary[len(file) + 1 : -4].isdecimal():
+                with contextlib.suppress(OSError):
+                    with open(temporary, "rb") as stale:
+                        lock(stale)
+                    os.remove(temporary)
         if not os.path.exists(file):
             return None
+        open(file, "r+b").close()
         with zipfile.ZipFile(file) as archive:
             if archive.testzip():  # torch.load takes altered bytes for weights
-                raise zipfile.BadZipFile
+                raise damaged
         state = torch.load(file, map_location="cpu")
+    except OSError as error:
+        needed = "a file to read and write, in a folder that exists and can be written to, is needed"
+        raise InputError(f"--checkpoint {file}: {error.strerror}; {needed}") from None
+    except Exception:  # a damaged or alien file can fail anywhere in zipfile or the unpickler
+        raise damaged from None
+    try:
         found = state["settings"]
         changed = [key for key in settings if settings[key] != found[key]]
         if changed:
-            raise InputError("; ".join(f"{key} is {settings[key]}, the checkpoint has {found[key]}" for key in changed))
+            listed = "; ".join(f"{key} is {settings[key]}, the checkpoint has {found[key]}" for key in changed)
+            raise InputError(f"--checkpoint {file}: {listed}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return {**state, "epoch": int(state["epoch"])}
-    except InputError as error:
-        raise InputError(f"--checkpoint {file}: {error}") from None
-    except OSError as error:
-        needed = "a file that can be read, in a folder that can be written to, is needed"
-        raise InputError(f"--checkpoint {file}: {error.strerror}; {needed}") from None
-    except Exception:  # a damaged or alien file can fail anywhere in the unpickler, or have anything in it
-        raise InputError(f"--checkpoint {file}: is not a whole checkpoint of these scripts; left as it is") from None
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # as whole, but with other contents
+        raise damaged from None
 
 
 # ---- a run from the command line
 
 
-def start(run, model, optimizer):
+def start(run, model, optimizer, X, y):
     """Join the processes, take up the checkpoint, print the plan; return the number of epochs already done.
 
-    `run` is what main() knows of the run; it is None in a notebook or a test: no checkpoint, nothing printed.
+    `run` is main()'s; it is None in a notebook or a test: no checkpoint, no plan. Clears the gradients, as a
+    model from elsewhere may carry some. Raises ValueError if X and y do not fit, InputError for `run`.
     """
-    optimizer.zero_grad()  # a model from elsewhere may carry gradients
+    if y.ndim != 2 or len(X) != len(y):
+        raise ValueError(f"y must be of shape ({len(X)}, targets), not {tuple(y.shape)}")
+    optimizer.zero_grad()
     join_processes(next(model.parameters()).device)
     if run is None:
         return 0
+    if dist.is_initialized():
+        mine = {**run.settings, "--epochs": run.epochs, "--batch-size": run.batch_size, "--log-every": run.log_every}
+        mine["--checkpoint"] = run.checkpoint is not None
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        differ = [key for key in mine if any(other[key] != found[0][key] for other in found)]
+        if differ:
+            raise InputError(f"the processes differ in {', '.join(differ)}; they must be started alike")
     state = run.checkpoint and in_first_process(read_checkpoint, run.checkpoint, run.settings, model, optimizer)
     if state:
         model.load_state_dict(state["model"])  # in the other processes
@@ -323,15 +347,9 @@ def end_epoch(run, model, optimizer, epoch, loss):
     if run is None:
         return
     if run.checkpoint:
-        state = {
-            "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-            "optimizer": optimizer.state_dict(),
-            "epoch": epoch,
-            "settings": run.settings,
-            "torch": str(torch.__version__),
-            **run.scale,
-        }
-        in_first_process(write_checkpoint, run.checkpoint, state)
+        state = {"model": {name: tensor.cpu() for name, tensor in model.state_dict().items()}, "epoch": epoch}
+        state |= {"optimizer": optimizer.state_dict(), "settings": run.settings, "torch": str(torch.__version__)}
+        in_first_process(write_checkpoint, run.checkpoint, state | run.scale)
     run.epoch, run.loss, run.seconds = epoch, loss, time.perf_counter() - run.started
 
 
@@ -340,11 +358,11 @@ def peak_memory(device):
     if device.type != "cpu":
         return f"{torch.accelerator.max_memory_allocated(device) / 2**20:.0f} MiB of the device"
     try:
-        with open("/proc/self/status") as status:  # ru_maxrss would start from the launching process's peak
+        with open("/proc/self/status") as status:  # Linux; ru_maxrss starts from the launching process's peak
             kib = int(re.search(r"VmHWM:\s*(\d+)", status.read())[1])
     except (OSError, TypeError):
-        import resource  # not on Windows
-
+        if resource is None:
+            return "unknown"
         kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return f"{kib / 1024:.0f} MiB of the process"
 
@@ -368,39 +386,30 @@ def parse_args(train):
     def refuse(message):
         raise InputError(message)
 
-    defaults = {"data": None, "rows": None, "hidden": 0, "device": "auto", "checkpoint": None}
-    defaults.update(train.__kwdefaults__)
+    defaults = {"data": None, "rows": None, "hidden": 0, "device": "auto", "checkpoint": None, **train.__kwdefaults__}
     size, size_or_0 = between(int, 1, 2**31 - 1), between(int, 0, 2**31 - 1)
     flags = {
-        "data": (str, "table to learn: .csv or .npy (last column the target), or .npz (X and y)"),
-        "rows": (size, "rows of synthetic data, 1000 by default; time and data memory grow with them"),
-        "hidden": (
-            size_or_0,
-            "ReLU units, which cost memory for every row of a micro-batch; 0: linear model",
-        ),
-        "batch_size": (size, "rows computed at once; lower it if memory runs out"),
-        "accumulation_steps": (size, "micro-batches in a step; more: larger steps in the same memory"),
-        "epochs": (size, "passes over the rows; time grows with them"),
-        "lr": (
-            between(float, 1e-30, 1e30),
-            "learning rate, the length of a step; lower it if the loss grows",
-        ),
-        "seed": (between(int, 0, 2**32 - 1), "of the first weights and of the order of the rows"),
-        "device": (str, "auto, cpu, cuda, cuda:1, mps, ...: whose time and memory are used"),
-        "log_every": (size_or_0, "print every Nth step, waiting for the device; 0: none, the fastest"),
-        "checkpoint": (str, "file written after each epoch; if it exists, training goes on from it"),
+        "data": (str, "FILE", "table to learn: .csv or .npy (last column the target), or .npz (X and y)"),
+        "rows": (size, "N", "rows of synthetic data, 1000 by default; time and data memory grow with them"),
+        "hidden": (size_or_0, "N", "ReLU units, each a number to keep per row computed; 0: linear model"),
+        "batch_size": (size, "N", "rows computed at once; lower it if memory runs out"),
+        "accumulation_steps": (size, "N", "micro-batches in a step; more: larger steps in the same memory"),
+        "epochs": (size, "N", "passes over the rows; time grows with them"),
+        "lr": (between(float, 1e-30, 1e30), "X", "learning rate, the length of a step; lower it if the loss grows"),
+        "seed": (between(int, 0, 2**32 - 1), "N", "of the first weights and of the order of the rows"),
+        "device": (str, "NAME", "auto, cpu, cuda, cuda:1, mps, ...: whose time and memory are used"),
+        "log_every": (size_or_0, "N", "print every Nth step, waiting for the device; 0: none, the fastest"),
+        "checkpoint": (str, "FILE", "written after each epoch; if it exists, training goes on from it"),
     }
-    parser = argparse.ArgumentParser(
-        description=train.__globals__["__doc__"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    description = train.__globals__["__doc__"]
+    parser = argparse.ArgumentParser(description=description, formatter_class=layout, allow_abbrev=False)
     parser.error = refuse  # one line, without the usage
-    for name, (kind, text) in flags.items():
+    for name, (kind, metavar, text) in flags.items():
         if name in defaults:
-            default = "" if defaults[name] is None else " (default: %(default)s)"
+            text += "" if defaults[name] is None else " (default: %(default)s)"
             flag = "--" + name.replace("_", "-")
-            parser.add_argument(flag, type=kind, default=defaults[name], help=text + default)
+            parser.add_argument(flag, type=kind, metavar=metavar, default=defaults[name], help=text)
     args = parser.parse_args()
     if args.data is not None and args.rows is not None:
         refuse("--rows: for synthetic data only, not with --data")
@@ -408,18 +417,24 @@ def parse_args(train):
 
 
 def interrupt(number, frame):
-    """Turn Ctrl-C and SIGTERM into the same exception, with the exit status they call for."""
+    """Turn Ctrl-C and SIGTERM into the same exception, with the exit status they call for, and only once."""
+    on_signals(signal.SIG_IGN)
     raise KeyboardInterrupt(128 + number)
+
+
+def on_signals(action):
+    """Let Ctrl-C and SIGTERM have this action."""
+    signal.signal(signal.SIGINT, action)
+    signal.signal(signal.SIGTERM, action)
 
 
 def leave(status, message):
     """End the process with one line on standard error, said once however many processes there are."""
     rank, _ = processes()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL if rank else signal.SIG_IGN)
     if rank and status < 128:
+        on_signals(signal.SIG_DFL)
         time.sleep(10)  # the first process most likely says the same, and torchrun then ends this one
-    if not rank or status < 128:
+    if message and (not rank or status < 128):
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(status)  # a process group in mid-step cannot be left in good order
@@ -427,7 +442,10 @@ def leave(status, message):
 
 
 def launch(run, train):
-    """Train as the arguments in `run` say, and print the closing line. Raises InputError."""
+    """Train as the arguments in `run` say, and print the closing line. Raises InputError.
+
+    Adds to `run` the scale, settings and plan that start() and end_epoch() use; they add what they learn.
+    """
     _, world_size = processes()
     batch_size, window = run.batch_size, run.batch_size * vars(run).get("accumulation_steps", 1)
     if world_size > 1 and "accumulation_steps" not in run:
@@ -438,14 +456,9 @@ def launch(run, train):
     model = make_model(X.shape[1], y.shape[1], run.hidden, run.seed).to(device)
     if run.checkpoint is not None:
         run.checkpoint = os.path.realpath(run.checkpoint)
-    run.settings = {
-        "rows per step": window,
-        "--lr": run.lr,
-        "--seed": run.seed,
-        "--hidden": run.hidden,
-        "data": f"{len(X)} x {X.shape[1]} + {y.shape[1]}",
-        "data checksum": zlib.crc32(y.numpy(), zlib.crc32(X.numpy())),
-    }
+    run.settings = {"rows per step": window, "--lr": run.lr, "--seed": run.seed, "--hidden": run.hidden}
+    run.settings["data"] = f"{len(X)} x {X.shape[1]} + {y.shape[1]}"
+    run.settings["data checksum"] = zlib.crc32(y.numpy(), zlib.crc32(X.numpy()))
     steps = math.ceil(len(X) / window)
     micro_batches = len(X) // window * (window // batch_size) + math.ceil(len(X) % window / batch_size)
     run.plan = (
@@ -454,10 +467,10 @@ def launch(run, train):
         f"{'es' * (world_size > 1)} on {device}, torch {torch.__version__}, seed {run.seed}"
     )
     train(model, X, y, run, **{name: getattr(run, name) for name in train.__kwdefaults__})
-    if run.epoch == run.first_epoch:
+    epochs = run.epoch - run.first_epoch
+    if epochs == 0:
         print(f"nothing to train: {run.checkpoint} has {run.epoch} epochs; a larger --epochs goes on")
         return
-    epochs = run.epoch - run.first_epoch
     print(
         f"{steps * epochs} optimizer steps, {micro_batches * epochs} micro-batches, "
         f"last epoch's mean loss {run.loss:.6f}, {run.seconds:.3f} s, "
@@ -465,13 +478,24 @@ def launch(run, train):
     )
 
 
+def interrupted(run):
+    """Return what to say after Ctrl-C or SIGTERM: which epoch is safe in which file."""
+    if run is None or run.checkpoint is None:
+        return "interrupted; no epoch is kept; --checkpoint FILE keeps each"
+    if "started" not in run or not os.path.exists(run.checkpoint):
+        return f"interrupted; {run.checkpoint} is as it was"
+    state = torch.load(run.checkpoint)
+    if state["settings"] != run.settings:
+        return f"interrupted; another run has written to {run.checkpoint}"
+    return f"interrupted; epoch {state['epoch']} of {run.epochs} is safe in {run.checkpoint}; the same command goes on"
+
+
 def main(train):
     """Run a script's `train` as the command line says; a user's mistake ends in one line, not a traceback."""
-    if processes()[0]:
+    if processes()[0] or sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    sys.stdout.reconfigure(line_buffering=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    on_signals(interrupt)
     run = None
     try:
         run = parse_args(train)
@@ -483,19 +507,15 @@ def main(train):
     except FloatingPointError as error:
         leave(1, f"error: {error}")
     except KeyboardInterrupt as stop:
-        kept = "no epoch is kept; --checkpoint FILE keeps each"
-        if run and run.checkpoint:
-            kept = f"{run.checkpoint} is as it was"
-            if "started" in run and os.path.exists(run.checkpoint):
-                epoch = torch.load(run.checkpoint)["epoch"]
-                kept = f"epoch {epoch} of {run.epochs} is safe in {run.checkpoint}; the same command goes on"
-        leave(stop.args[0], f"interrupted; {kept}")
-    except OSError as error:  # standard output: closed by `| head`, or on a full disk
+        leave(stop.args[0], interrupted(run))
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            sys.exit(128 + 13)
+        if error.errno == errno.EPIPE:
+            leave(141, None)  # what the shell gives a process that SIGPIPE ended
         leave(1, f"error: standard output: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        leave(1, "error: out of memory; lower --batch-size (and raise --accumulation-steps), --hidden or --rows")
+        leave(1, "error: out of memory; lower --batch-size, --hidden or --rows")

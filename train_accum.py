@@ -24,31 +24,32 @@ def train(model, X, y, run=None, *, batch_size=8, accumulation_steps=4, epochs=1
     A step takes `batch_size * accumulation_steps` rows, the last of an epoch what is left, and computes
     `batch_size` of them at a time; both count the rows of all processes together.
     Every `log_every`th step is printed, none if 0. `run` is for the command line.
-    Raises FloatingPointError when the loss is no longer finite.
+    Raises FloatingPointError at the end of an epoch whose loss or weights are not finite.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     loss_fn = nn.MSELoss(reduction="sum")
     window = batch_size * accumulation_steps
     steps = math.ceil(len(X) / window)
-    epochs_done = common.start(run, model, optimizer)
+    epochs_done = common.start(run, model, optimizer, X, y)
     rank, world_size = common.processes()
     replica = DistributedDataParallel(model) if world_size > 1 else model  # processes
 
     for epoch in range(epochs_done, epochs):
         order = common.row_order(len(X), seed, epoch)
-        loader = DataLoader(TensorDataset(X, y), sampler=common.windows(order, window), batch_size=None)
-        epoch_loss = torch.zeros((), device=device)
+        windows = (order[first : first + window] for first in range(0, len(X), window))
+        loader = DataLoader(TensorDataset(X, y), sampler=windows, batch_size=None)  # whole windows, not row by row
+        epoch_loss = torch.zeros((), dtype=y.dtype, device=device)
         for step, (all_inputs, all_targets) in enumerate(loader, 1):
             micro_batches = list(zip(all_inputs.split(batch_size), all_targets.split(batch_size)))
-            size = all_targets.numel() / world_size  # DistributedDataParallel averages over the processes
+            divisor = all_targets.numel() / world_size  # DistributedDataParallel averages over the processes
             window_loss = 0
             for i, (inputs, targets) in enumerate(micro_batches, 1):
-                if world_size > 1:  # processes: compute my rows, reduce the gradients with the last ones
+                if world_size > 1:  # processes: my rows, maybe none; only the last backward reduces gradients
                     inputs, targets = inputs[rank::world_size], targets[rank::world_size]
                     replica.require_backward_grad_sync = i == len(micro_batches)
                 inputs, targets = inputs.to(device), targets.to(device)
-                loss = loss_fn(replica(inputs), targets) / size
+                loss = loss_fn(replica(inputs), targets) / divisor
                 loss.backward()
                 window_loss += loss.detach()
             optimizer.step()

@@ -18,18 +18,19 @@ def train(model, X, y, run=None, *, batch_size=16, epochs=10, lr=0.01, seed=0, l
 
     A step takes `batch_size` rows, the last of an epoch what is left: ceil(rows / batch_size) steps an epoch.
     Every `log_every`th step is printed, none if 0. `run` is for the command line.
-    Raises FloatingPointError when the loss is no longer finite.
+    Raises FloatingPointError at the end of an epoch whose loss or weights are not finite.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     loss_fn = nn.MSELoss()
     steps = math.ceil(len(X) / batch_size)
+    epochs_done = common.start(run, model, optimizer, X, y)
 
-    for epoch in range(common.start(run, model, optimizer), epochs):
+    for epoch in range(epochs_done, epochs):
         order = common.row_order(len(X), seed, epoch)
-        epoch_loss = torch.zeros((), device=device)
+        epoch_loss = torch.zeros((), dtype=y.dtype, device=device)
         for step, first in enumerate(range(0, len(X), batch_size), 1):
-            rows = order[first : first + batch_size]  # a slice may reach past the end: the tail is just shorter
+            rows = order[first : first + batch_size]  # the last slice is shorter
             inputs, targets = X[rows].to(device), y[rows].to(device)
             loss = loss_fn(model(inputs), targets)
             loss.backward()
