@@ -418,7 +418,7 @@ def parse_args(train):
 
 def interrupt(number, frame):
     """Turn Ctrl-C and SIGTERM into the same exception, with the exit status they call for, and only once."""
-    on_signals(signal.SIG_IGN)
+    on_signals(lambda *_: None)
     raise KeyboardInterrupt(128 + number)
 
 
