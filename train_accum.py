@@ -45,9 +45,9 @@ def train(model, X, y, run=None, *, batch_size=8, accumulation_steps=4, epochs=1
             divisor = all_targets.numel() / world_size  # DistributedDataParallel averages over the processes
             window_loss = 0
             for i, (inputs, targets) in enumerate(micro_batches, 1):
-                if world_size > 1:  # processes: my rows, maybe none; only the last backward reduces gradients
+                if world_size > 1:  # processes: my rows, maybe none; gradients are reduced in the last backward only
                     inputs, targets = inputs[rank::world_size], targets[rank::world_size]
-                    replica.require_backward_grad_sync = i == len(micro_batches)
+                    replica.require_backward_grad_sync = i == len(micro_batches)  # the switch behind no_sync()
                 inputs, targets = inputs.to(device), targets.to(device)
                 loss = loss_fn(replica(inputs), targets) / divisor
                 loss.backward()

@@ -1,7 +1,7 @@
 """Batches cut by hand from a shuffled index, one optimizer step each.
 
     python train_manual.py
-    python train_manual.py --data table.npz --batch-size 64 --epochs 100
+    python train_manual.py --data table.csv --batch-size 64 --epochs 100
 
 A step is one optimizer.step(), and its window the rows whose mean loss it descends: here, a slice.
 """
