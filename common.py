@@ -355,7 +355,7 @@ def end_epoch(run, model, optimizer, epoch, loss):
 
 def peak_memory(device):
     """Return the most memory used so far, in words: the accelerator's, else this process's."""
-    if device.type != "cpu":
+    if device.type not in ("cpu", "mps"):  # MPS shares the process's, and may not count (pytorch/pytorch#186430)
         return f"{torch.accelerator.max_memory_allocated(device) / 2**20:.0f} MiB of the device"
     try:
         with open("/proc/self/status") as status:  # Linux; ru_maxrss starts from the launching process's peak
