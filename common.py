@@ -122,7 +122,8 @@ def read_csv(file):
 def is_number(cell):
     """Say whether a CSV cell is a number, nan and inf included."""
     with contextlib.suppress(ValueError):
-        return float(cell) is not None
+        float(cell)
+        return True
     return False
 
 
@@ -288,17 +289,14 @@ def read_checkpoint(file, settings, model, optimizer):
         raise damaged from None
     try:
         found = state["settings"]
-        changed = [key for key in settings if settings[key] != found[key]]
-        if changed:
-            listed = "; ".join(f"{key} is {settings[key]}, the checkpoint has {found[key]}" for key in changed)
-            raise InputError(f"--checkpoint {file}: {listed}")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return {**state, "epoch": int(state["epoch"])}
-    except InputError:
-        raise
+        changed = [f"{k} is {settings[k]}, the checkpoint has {found[k]}" for k in settings if settings[k] != found[k]]
+        if not changed:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return {**state, "epoch": int(state["epoch"])}
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # as whole, but with other contents
         raise damaged from None
+    raise InputError(f"--checkpoint {file}: {'; '.join(changed)}")
 
 
 # ---- a run from the command line
@@ -326,8 +324,9 @@ def start(run, model, optimizer, X, y):
             raise InputError(f"the processes differ in {', '.join(differ)}; they must be started alike")
     state = run.checkpoint and in_first_process(read_checkpoint, run.checkpoint, run.settings, model, optimizer)
     if state:
-        model.load_state_dict(state["model"])  # in the other processes
-        optimizer.load_state_dict(state["optimizer"])
+        if processes()[0]:  # the first process has loaded it while it checked it
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
         run.plan += f"; {run.checkpoint} has {state['epoch']} of the epochs"
     run.first_epoch = run.epoch = state["epoch"] if state else 0
     print(run.plan)
@@ -346,10 +345,14 @@ def end_epoch(run, model, optimizer, epoch, loss):
         raise FloatingPointError(f"epoch {epoch}: the loss is not finite at --lr {lr:g}; try --lr {lr / 10:g}")
     if run is None:
         return
-    if run.checkpoint:
+
+    def save():
         state = {"model": {name: tensor.cpu() for name, tensor in model.state_dict().items()}, "epoch": epoch}
         state |= {"optimizer": optimizer.state_dict(), "settings": run.settings, "torch": str(torch.__version__)}
-        in_first_process(write_checkpoint, run.checkpoint, state | run.scale)
+        write_checkpoint(run.checkpoint, state | run.scale)
+
+    if run.checkpoint:
+        in_first_process(save)
     run.epoch, run.loss, run.seconds = epoch, loss, time.perf_counter() - run.started
 
 
