@@ -1,18 +1,14 @@
-"""What the three scripts share: model, data, device, processes, checkpoint and command line.
-
-How a step is computed stands in the scripts alone; read one of them first.
-"""
+"""Model, data, device, processes, checkpoint and command line; how a batch becomes a step stands in the scripts."""
 
 import argparse
-import contextlib
-import csv
+import atexit
 import datetime
-import errno
 import glob
 import io
 import itertools
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -21,31 +17,16 @@ import warnings
 import zipfile
 import zlib
 
-try:
-    import numpy as np
-    import torch
-    import torch.distributed as dist
-    from torch import nn
-    from torch.distributed.rendezvous import rendezvous
-except KeyboardInterrupt:  # most of a short run is this import
-    sys.exit(130)
-
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows
-    fcntl = resource = None
-
-
-class InputError(ValueError):
-    """A user's mistake, told in one line: what is wrong, where, and what is allowed."""
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional  # if first imported with a process group open, some runs abort at their end
+from torch import nn
 
 
 # ---- model and data
-
-
 def make_model(n_inputs, n_targets, hidden=0, seed=0):
-    """Return a linear model, or one with a layer of `hidden` ReLU units; `seed` sets its weights."""
+    """Return a linear model, or one with a layer of `hidden` ReLU units; `seed` decides the first weights."""
     torch.manual_seed(seed)
     if hidden == 0:
         return nn.Linear(n_inputs, n_targets)
@@ -53,472 +34,267 @@ def make_model(n_inputs, n_targets, hidden=0, seed=0):
 
 
 def make_data(rows):
-    """Return float32 inputs (rows, 10) and targets (rows, 1): a linear rule, and noise of variance 0.01."""
+    """Return float32 inputs (rows, 10) and targets (rows, 1): a linear rule plus noise of variance 0.01."""
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(rows, 10, generator=generator)
-    y = 0.1 * torch.randn(rows, generator=generator)
-    for weight, column in zip(torch.randn(10, generator=generator), X.unbind(1)):
-        y += weight * column  # not X @ weights: its last bit can depend on the number of threads
-    return X, y.unsqueeze(1)
+    noise, weights = torch.randn(rows, 1, generator=generator), torch.randn(10, generator=generator)
+    return X, (X * weights).sum(dim=1, keepdim=True) + 0.1 * noise
 
 
 def load_data(path):
-    """Return standardised float32 inputs (rows, n), targets (rows, t) and their scale; raises InputError.
+    """Return float32 inputs (rows, n) and targets (rows, t), the column names, and float64 mean and std (n + t,).
 
-    `path` is a .csv or 2-D .npy table, its last column the target, or an .npz with arrays X and y. Every
-    column is brought to mean 0 and deviation 1, a constant one to zeros: the mean squared error is then
-    the part of the targets' variance left unexplained. The scale has `mean` and `std`, float64 (n + t,).
+    `path` is a .csv or 2-D .npy table whose last column is the target, or an .npz with arrays X and y. Each column is
+    standardised, (x - mean) / std; a constant one becomes zeros. Raises OSError, ValueError, and what np.load raises.
     """
-    readers = {".csv": read_csv, ".npy": read_arrays, ".npz": read_arrays}
-    kind = path[-4:].lower()
-    try:
-        if kind not in readers:
-            raise InputError(f"the name must end in {', '.join(readers)}")
-        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
-            arrays = {name: real_numbers(name, array) for name, array in readers[kind](file).items()}
-            if len({len(array) for array in arrays.values()}) > 1:
-                raise InputError("X and y have different numbers of rows")
-            table = np.hstack(list(arrays.values())) if "y" in arrays else arrays["table"]
-            inputs = table.shape[1] - (arrays["y"].shape[1] if "y" in arrays else 1)
-            if inputs < 1:
-                raise InputError("there is only one column; at least one input and the target are needed")
-            mean, std = table.mean(axis=0), table.std(axis=0)
-            constant = table.min(axis=0) == table.max(axis=0)
-            mean[constant], std[constant] = table[0, constant], 1
-            fits = np.isfinite(mean + std) & (std > 0)
-            if not fits.all():
-                raise InputError(f"column {fits.argmin() + 1}: values too large or too small to standardise")
-            table -= mean
-            table /= std
-    except MemoryError:
-        raise InputError(f"--data {path}: does not fit in memory, or is damaged") from None
-    except (InputError, OSError) as error:
-        raise InputError(f"--data {path}: {getattr(error, 'strerror', error)}") from None
-    X, y = (torch.from_numpy(part.astype(np.float32, order="C")) for part in (table[:, :inputs], table[:, inputs:]))
-    return X, y, {"mean": torch.from_numpy(mean), "std": torch.from_numpy(std)}
+    is_array = path.lower().endswith((".npy", ".npz"))
+    names, table = ([], np.load(path, allow_pickle=False)) if is_array else read_csv(path)
+    n_targets = 1
+    if not isinstance(table, np.ndarray):
+        X, y = table["X"], table["y"]
+        table, n_targets = np.column_stack([X, y]), math.prod(y.shape[1:])
+    if table.ndim != 2 or len(table) == 0 or table.shape[1] <= n_targets or table.dtype.kind not in "biuf":
+        raise ValueError(f"{table.dtype} of shape {table.shape} is no table of real inputs and targets")
+    table = table.astype(np.float64, order="C", copy=False)
+    if not -1e150 < table.min() <= table.max() < 1e150:  # nan, inf, and numbers whose squares overflow
+        row, column = np.argwhere(~(np.abs(table) < 1e150))[0]
+        name = f" ({names[column]})" if names else ""
+        raise ValueError(f"row {row + 1}, column {column + 1}{name}: {table[row, column]} is not a finite number")
+    table = torch.from_numpy(table)
+    first = table[0].clone()
+    table -= first  # or large, almost equal numbers (time stamps) would lose the digits in which they differ
+    std, mean = torch.std_mean(table, dim=0, correction=0)
+    std[std == 0] = 1
+    table.sub_(mean).div_(std)
+    return table[:, :-n_targets].float(), table[:, -n_targets:].float(), names, mean + first, std
 
 
-def read_csv(file):
-    """Return the numbers of an open CSV file; its first line is a header if no cell of it is a number."""
-    count = itertools.count(1)
-    lines = (line for _, line in zip(count, io.TextIOWrapper(file, encoding="utf-8-sig")))
-    try:
+def read_csv(path):
+    """Return a .csv file's column names (none if its first line has a number) and its table; raises ValueError."""
+    options = {"delimiter": ",", "quotechar": '"', "comments": None}
+    number = re.compile(r"\s*[-+]?(nan|inf|(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)\s*", re.IGNORECASE)
+    with open(path, encoding="utf-8-sig") as file, warnings.catch_warnings(action="ignore"):
+        count = itertools.count(1)
+        lines = itertools.compress(file, count)  # all of them, counted
         first = next(lines, "")
-        cells = next(csv.reader([first]), [])
-        if any(cells) and not any(map(is_number, cells)):
-            first = ""
-        table = np.loadtxt(itertools.chain([first], lines), delimiter=",", comments=None, quotechar='"', ndmin=2)
-    except UnicodeDecodeError:
-        raise InputError("is not UTF-8 text") from None
-    except (ValueError, csv.Error) as error:
-        fault = re.sub(" at row [0-9]+|; use .*|[.]$", "", str(error))  # numpy's rows leave out blank lines
-        needed = "numbers between commas are needed, under at most one line without any"
-        raise InputError(f"line {next(count) - 1}: {fault}; {needed}") from None
-    if table.size and len(cells) not in (0, table.shape[1]):
-        raise InputError(f"line 1 has {len(cells)} cells, the others have {table.shape[1]}; the same are needed")
-    return {"table": table}
+        cells = np.loadtxt([first], dtype=str, ndmin=1, **options).tolist()
+        names = [] if any(map(number.fullmatch, cells)) else cells
+        if cells and not cells[0]:
+            raise ValueError("line 1: the first cell is empty; leave out the index (pandas: index=False)")
+        if cells == [str(i) for i in range(max(3, len(cells)))]:
+            raise ValueError("line 1 numbers the columns; leave it out (pandas: header=False)")
+        try:
+            table = np.loadtxt(lines if names else itertools.chain([first], lines), ndmin=2, **options)
+        except ValueError as error:
+            fault, _, place = str(error).partition(" at row ")  # numpy's row numbers leave out blank lines
+            for column in re.findall(r"column (\d+)", place):
+                fault += f" in column {column}" + (f" ({names[int(column) - 1]})" if int(column) <= len(names) else "")
+            raise ValueError(f"line {next(count) - 1}: {fault}") from None
+    if len(table) and len(cells) != table.shape[1]:
+        raise ValueError(f"line 1 has {len(cells)} columns, the others have {table.shape[1]}")
+    return names, table
 
 
-def is_number(cell):
-    """Say whether a CSV cell is a number, nan and inf included."""
-    with contextlib.suppress(ValueError):
-        float(cell)
-        return True
-    return False
-
-
-def read_arrays(file):
-    """Return the array of an open .npy file, or X and y of an .npz."""
-    try:
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"table": loaded}
-        X, y = np.asarray(loaded["X"]), np.asarray(loaded["y"])
-        return {"X": X, "y": y[:, None] if y.ndim == 1 else y}
-    except MemoryError:
-        raise
-    except Exception:  # a damaged file can fail anywhere in numpy, zipfile or zlib
-        wanted = "a whole .npy array, or .npz with arrays X and y; objects are never read"
-        raise InputError(f"is not {wanted}") from None
-
-
-def real_numbers(name, array):
-    """Return a 2-D array of finite real numbers as float64; raises InputError for any other."""
-    if array.ndim != 2 or not array.size or array.dtype.kind not in "biuf":
-        found = f"{array.dtype} of shape {array.shape}" if array.size else "nothing"
-        raise InputError(f"{name} holds {found}; real numbers in rows and columns are needed")
-    array = array.astype(np.float64, copy=False)
-    if not np.isfinite(array).all():
-        row, column = np.argwhere(~np.isfinite(array))[0]
-        cell = f"{name} row {row + 1} (without header), column {column + 1}"
-        raise InputError(f"{cell}: {array[row, column]} is not a finite number")
-    return array
-
-
-def row_order(rows, seed, epoch):
-    """Return the order of the rows in an epoch, int64 (rows,).
-
-    It depends on nothing else: scripts, processes and resumed runs see the same rows in the same windows.
-    """
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed + epoch))
+def shuffled_indices(rows, seed, epoch):
+    """Return 0 to rows - 1, int64 (rows,), in an order that numpy's SeedSequence draws from seed and epoch together."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(rows))
 
 
 # ---- device and processes
-
-
 def pick_device(name):
-    """Return the torch.device called `name`; "auto" is the accelerator, if there is one. Raises InputError."""
+    """Return the torch.device `name`; "auto" is the accelerator, if each process has one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    kind, count = (accelerator.type, torch.accelerator.device_count()) if accelerator else ("cpu", 0)
-    present = ["cpu"] + [f"{kind}:{index}" for index in range(count)]
-    if name in ("auto", kind):
-        name = f"{kind}:{os.environ.get('LOCAL_RANK', 0)}" if accelerator else "cpu"  # one device per process
+    count = torch.accelerator.device_count()
+    local_rank, local_world_size = 0, 1
+    if dist.is_torchelastic_launched():  # by torchrun; else these may be left over from something else
+        local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if name == "auto":
+        name = accelerator.type if count >= local_world_size else "cpu"
+    if accelerator and name == accelerator.type:
+        name = f"{name}:{local_rank}"
+    present = ["cpu", *(f"{accelerator}:{index}" for index in range(count))]
     if name not in present:
-        raise InputError(f"--device {name}: not here; present: {', '.join(present)}")
+        raise argparse.ArgumentTypeError(f"{name} is not here; there are: {', '.join(present)}")
     return torch.device(name)
 
 
-def processes():
-    """Return this process's rank and the number of processes, as torchrun sets them; without it (0, 1)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_processes(device):
-    """Open the process group of a torchrun launch, if it is one and this was not done before."""
-    rank, world_size = processes()
-    if world_size == 1 or dist.is_initialized():
-        return
-    # Its default arguments hold the group that is open when it is first imported, by an optimizer or DDP, for
-    # ever, and gloo's threads with it: some runs would abort at the interpreter's end. So: before any is open.
-    import torch.distributed.nn.functional
-
+def init_process_group(device):
+    """Return this process's rank and the number of processes, after joining them if torchrun started it."""
+    if dist.is_initialized() or not dist.is_torchelastic_launched():
+        return rank_and_world_size()
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-    timeout = datetime.timedelta(minutes=5)  # until a lost process is noticed; the default is 30
-    store, _, _ = next(rendezvous("env://", timeout=timeout))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps one store for all restarts: without a prefix, addresses of the last attempt are read
-        # (pytorch/pytorch#135712). Several machines count their restarts apart, so they cannot use it.
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":  # several machines count their restarts apart
+        # torchrun keeps one store: without a prefix, addresses from before a restart are read (pytorch/pytorch#135712)
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    backend = dist.get_default_backend_for_device(device)
+    backend, timeout = dist.get_default_backend_for_device(device), datetime.timedelta(minutes=5)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    atexit.register(dist.destroy_process_group)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process prints for all
+    return rank, world_size
 
 
-def mean_over_processes(value):
-    """Return the mean of a tensor over the processes; all of them must call it."""
+def rank_and_world_size():
+    """Return this process's rank and the number of processes, (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_reduce_mean(value):
+    """Return the mean of a tensor over the processes, all of which must call this."""
     if dist.is_initialized():
         value = value / dist.get_world_size()
         dist.all_reduce(value)
     return value
 
 
-def in_first_process(function, *args):
-    """Call `function` in the first process; all of them return its result or raise its InputError."""
-    result = [None]
-    if processes()[0] == 0:
-        try:
-            result = [function(*args)]
-        except InputError as error:
-            result = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(result)
-    if isinstance(result[0], InputError):
-        raise result[0]
-    return result[0]
+def peak_memory(device):
+    """Return the most memory used so far, and whose it is, as text."""
+    if device.type not in ("cpu", "mps"):  # mps shares the memory of the process
+        return f"{torch.accelerator.max_memory_allocated(device) / 2**20:.0f} MiB of the device"
+    peak = re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read()) if sys.platform == "linux" else None
+    return f"{int(peak[1]) / 1024:.0f} MiB of the process" if peak else "unknown"
 
 
 # ---- checkpoint
-
-
-def lock(file):
-    """Lock an open file until it is closed or its process dies. Raises OSError if another one holds it."""
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def write_checkpoint(file, state):
-    """Replace `file` by the dict `state`, whole or not at all. Raises InputError."""
+def save_checkpoint(path, state):
+    """Replace the file `path` by the dict `state`, whole or not at all; ends the program if it cannot be written."""
     content = io.BytesIO()
-    torch.save(state, content)  # not into the file: there a full disk is no OSError
-    temporary = f"{file}.{os.getpid()}.tmp"
+    torch.save(state, content)  # not into the file: there a full disk would be a RuntimeError
     try:
-        while True:
-            with open(temporary, "wb") as out:
-                with contextlib.suppress(OSError):  # not every file system has locks
-                    lock(out)
-                out.write(content.getbuffer())
-                out.flush()
-                os.fsync(out.fileno())
-            with contextlib.suppress(FileNotFoundError):  # taken for a stale one by a run that just started
-                return os.replace(temporary, file)
+        with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
     except OSError as error:
-        raise InputError(f"--checkpoint {file}: {error.strerror}; what it held before is safe") from None
+        sys.exit(f"error: --checkpoint {path}: {error.strerror}; what it held before is safe")
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        for leftover in glob.glob(f"{glob.escape(path)}.*.tmp"):  # killed runs leave some, too
+            os.remove(leftover)
 
 
-def read_checkpoint(file, settings, model, optimizer):
-    """Load what `file` holds into `model` and `optimizer` and return it; None if there is no file yet.
-
-    Clears the temporary files of runs that were killed: nobody holds their lock. Raises InputError.
-    """
-    damaged = InputError(f"--checkpoint {file}: is not a whole checkpoint of these scripts; left as it is")
+def load_checkpoint(path, settings):
+    """Return the dict in the file `path`, None if there is no file; ends the program if it cannot be used."""
+    if not os.access(os.path.dirname(path), os.W_OK):
+        sys.exit(f"error: --checkpoint {path}: a folder that exists and can be written to is needed")
     try:
-        probe = f"{file}.{os.getpid()}.tmp"  # what keeps it from being written is told now, not after an epoch
-        open(probe, "wb").close()
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(probe)
-        for temporary in glob.glob(glob.escape(file) + ".*.tmp"):
-            if temporary[len(file) + 1 : -4].isdecimal():
-                with contextlib.suppress(OSError):
-                    with open(temporary, "rb") as stale:
-                        lock(stale)
-                    os.remove(temporary)
-        if not os.path.exists(file):
-            return None
-        open(file, "r+b").close()
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip():  # torch.load takes altered bytes for weights
-                raise damaged
-        state = torch.load(file, map_location="cpu")
-    except OSError as error:
-        needed = "a file to read and write, in a folder that exists and can be written to, is needed"
-        raise InputError(f"--checkpoint {file}: {error.strerror}; {needed}") from None
-    except Exception:  # a damaged or alien file can fail anywhere in zipfile or the unpickler
-        raise damaged from None
-    try:
+        with zipfile.ZipFile(path) as archive:
+            altered = archive.testzip()  # torch.load would take altered bytes for weights
+        state = {} if altered else torch.load(path, map_location="cpu")
         found = state["settings"]
-        changed = [f"{k} is {settings[k]}, the checkpoint has {found[k]}" for k in settings if settings[k] != found[k]]
-        if not changed:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            return {**state, "epoch": int(state["epoch"])}
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):  # as whole, but with other contents
-        raise damaged from None
-    raise InputError(f"--checkpoint {file}: {'; '.join(changed)}")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        sys.exit(f"error: --checkpoint {path}: {error.strerror}")
+    except (EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
+        sys.exit(f"error: --checkpoint {path}: is not a whole checkpoint of these scripts; left as it is")
+    if changed := [f"{k} is {settings[k]}, not {found.get(k)}" for k in settings if settings[k] != found.get(k)]:
+        sys.exit(f"error: --checkpoint {path}: {'; '.join(changed)}; take the old value, or another file")
+    return state
 
 
-# ---- a run from the command line
+# ---- command line
+def parse_args(description, *, batch_size, accumulation_steps=None):
+    """Return a script's arguments, or end the program with argparse's message; without a default, no such flag."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C and `| head` end the program at once, without a traceback
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.excepthook = explain_out_of_memory
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(accumulation_steps=1)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", metavar="FILE", help=".csv or .npy, its last column the target, or .npz with X and y")
+    source.add_argument("--rows", type=int, default=1000, metavar="X", help="rows of synthetic data (default: 1000)")
 
+    def add(flag, default, text, kind=int):
+        parser.add_argument(flag, type=kind, default=default, metavar="X", help=f"{text} (default: {default})")
 
-def start(run, model, optimizer, X, y):
-    """Join the processes, take up the checkpoint, print the plan; return the number of epochs already done.
-
-    `run` is main()'s; it is None in a notebook or a test: no checkpoint, no plan. Clears the gradients, as a
-    model from elsewhere may carry some. Raises ValueError if X and y do not fit, InputError for `run`.
-    """
-    if y.ndim != 2 or len(X) != len(y):
-        raise ValueError(f"y must be of shape ({len(X)}, targets), not {tuple(y.shape)}")
-    optimizer.zero_grad()
-    join_processes(next(model.parameters()).device)
-    if run is None:
-        return 0
-    if dist.is_initialized():
-        mine = {**run.settings, "--epochs": run.epochs, "--batch-size": run.batch_size, "--log-every": run.log_every}
-        mine["--checkpoint"] = run.checkpoint is not None
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-        differ = [key for key in mine if any(other[key] != found[0][key] for other in found)]
-        if differ:
-            raise InputError(f"the processes differ in {', '.join(differ)}; they must be started alike")
-    state = run.checkpoint and in_first_process(read_checkpoint, run.checkpoint, run.settings, model, optimizer)
-    if state:
-        if processes()[0]:  # the first process has loaded it while it checked it
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        run.plan += f"; {run.checkpoint} has {state['epoch']} of the epochs"
-    run.first_epoch = run.epoch = state["epoch"] if state else 0
-    print(run.plan)
-    run.started = time.perf_counter()
-    return run.epoch
-
-
-def end_epoch(run, model, optimizer, epoch, loss):
-    """Write the checkpoint after `epoch` epochs; `loss` is the last one's mean over all rows, a tensor.
-
-    Raises FloatingPointError, and writes nothing, if the loss or a weight is not finite.
-    """
-    loss = mean_over_processes(loss).item()
-    if not math.isfinite(loss) or not all(p.isfinite().all() for p in model.parameters()):
-        lr = optimizer.param_groups[0]["lr"]
-        raise FloatingPointError(f"epoch {epoch}: the loss is not finite at --lr {lr:g}; try --lr {lr / 10:g}")
-    if run is None:
-        return
-
-    def save():
-        state = {"model": {name: tensor.cpu() for name, tensor in model.state_dict().items()}, "epoch": epoch}
-        state |= {"optimizer": optimizer.state_dict(), "settings": run.settings, "torch": str(torch.__version__)}
-        write_checkpoint(run.checkpoint, state | run.scale)
-
-    if run.checkpoint:
-        in_first_process(save)
-    run.epoch, run.loss, run.seconds = epoch, loss, time.perf_counter() - run.started
-
-
-def peak_memory(device):
-    """Return the most memory used so far, in words: the accelerator's, else this process's."""
-    if device.type not in ("cpu", "mps"):  # MPS shares the process's, and may not count (pytorch/pytorch#186430)
-        return f"{torch.accelerator.max_memory_allocated(device) / 2**20:.0f} MiB of the device"
-    try:
-        with open("/proc/self/status") as status:  # Linux; ru_maxrss starts from the launching process's peak
-            kib = int(re.search(r"VmHWM:\s*(\d+)", status.read())[1])
-    except (OSError, TypeError):
-        if resource is None:
-            return "unknown"
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return f"{kib / 1024:.0f} MiB of the process"
-
-
-def between(kind, low, high):
-    """Return an argparse type: an int or float (`kind`) from `low` to `high`."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        name = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {low} to {high}")
-
-    return parse
-
-
-def parse_args(train):
-    """Return the command line's arguments; `train`'s keyword defaults are theirs. Raises InputError."""
-
-    def refuse(message):
-        raise InputError(message)
-
-    defaults = {"data": None, "rows": None, "hidden": 0, "device": "auto", "checkpoint": None, **train.__kwdefaults__}
-    size, size_or_0 = between(int, 1, 2**31 - 1), between(int, 0, 2**31 - 1)
-    flags = {
-        "data": (str, "FILE", "table to learn: .csv or .npy (last column the target), or .npz (X and y)"),
-        "rows": (size, "N", "rows of synthetic data, 1000 by default; time and data memory grow with them"),
-        "hidden": (size_or_0, "N", "ReLU units, each a number to keep per row computed; 0: linear model"),
-        "batch_size": (size, "N", "rows computed at once; lower it if memory runs out"),
-        "accumulation_steps": (size, "N", "micro-batches in a step; more: larger steps in the same memory"),
-        "epochs": (size, "N", "passes over the rows; time grows with them"),
-        "lr": (between(float, 1e-30, 1e30), "X", "learning rate, the length of a step; lower it if the loss grows"),
-        "seed": (between(int, 0, 2**32 - 1), "N", "of the first weights and of the order of the rows"),
-        "device": (str, "NAME", "auto, cpu, cuda, cuda:1, mps, ...: whose time and memory are used"),
-        "log_every": (size_or_0, "N", "print every Nth step, waiting for the device; 0: none, the fastest"),
-        "checkpoint": (str, "FILE", "written after each epoch; if it exists, training goes on from it"),
-    }
-    layout = argparse.RawDescriptionHelpFormatter
-    description = train.__globals__["__doc__"]
-    parser = argparse.ArgumentParser(description=description, formatter_class=layout, allow_abbrev=False)
-    parser.error = refuse  # one line, without the usage
-    for name, (kind, metavar, text) in flags.items():
-        if name in defaults:
-            text += "" if defaults[name] is None else " (default: %(default)s)"
-            flag = "--" + name.replace("_", "-")
-            parser.add_argument(flag, type=kind, metavar=metavar, default=defaults[name], help=text)
+    add("--hidden", 0, "ReLU units in a hidden layer; 0: linear model")
+    add("--batch-size", batch_size, "rows computed at once; lower it if memory runs out")
+    if accumulation_steps:
+        add("--accumulation-steps", accumulation_steps, "micro-batches in a step")
+    add("--epochs", 10, "passes over the rows, those in the checkpoint included")
+    add("--lr", 0.01, "learning rate; lower it if the loss grows", float)
+    add("--seed", 0, "decides the first weights and the order of the rows")
+    add("--log-every", 1, "print the first of every X steps; 0: none, the fastest")
+    add("--device", "auto", "cpu, cuda, cuda:1, mps, ...; auto: the accelerator, if there is one", pick_device)
+    add("--checkpoint", None, "file written after each epoch; if it exists, training goes on from it", os.path.realpath)
     args = parser.parse_args()
-    if args.data is not None and args.rows is not None:
-        refuse("--rows: for synthetic data only, not with --data")
+    lowest = {"rows": 1, "batch_size": 1, "accumulation_steps": 1, "epochs": 1, "hidden": 0, "seed": 0, "log_every": 0}
+    for name, low in {**lowest, "lr": 1e-30}.items():
+        if not low <= vars(args)[name] < 2**31:
+            parser.error(f"argument --{name.replace('_', '-')}: a number from {low} to 2**31 is needed")
+    if accumulation_steps is None and dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
+        parser.error(f"one process only; several: train_accum.py --batch-size {args.batch_size} --accumulation-steps 1")
+    if args.data is not None:
+        try:
+            args.data = load_data(args.data)
+        except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            parser.error(f"argument --data: {args.data}: {error} (needed: numbers; in a .csv, commas between them)")
     return args
 
 
-def interrupt(number, frame):
-    """Turn Ctrl-C and SIGTERM into the same exception, with the exit status they call for, and only once."""
-    on_signals(lambda *_: None)
-    raise KeyboardInterrupt(128 + number)
+def explain_out_of_memory(kind, error, traceback):
+    """Say how to go on when memory has run out; show any other error as usual. For sys.excepthook."""
+    if not issubclass(kind, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return sys.__excepthook__(kind, error, traceback)
+    smaller = "half the --batch-size, twice the --accumulation-steps and the same --checkpoint"
+    print(f"error: out of memory; the same steps need less in train_accum.py, with {smaller}", file=sys.stderr)
 
 
-def on_signals(action):
-    """Let Ctrl-C and SIGTERM have this action."""
-    signal.signal(signal.SIGINT, action)
-    signal.signal(signal.SIGTERM, action)
+def epochs_to_train(args, model, optimizer, X, y):
+    """Yield the epochs still to train, from 0 on; print a run's opening and closing line.
 
-
-def leave(status, message):
-    """End the process with one line on standard error, said once however many processes there are."""
-    rank, _ = processes()
-    if rank and status < 128:
-        on_signals(signal.SIG_DFL)
-        time.sleep(10)  # the first process most likely says the same, and torchrun then ends this one
-    if message and (not rank or status < 128):
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        os._exit(status)  # a process group in mid-step cannot be left in good order
-    sys.exit(status)
-
-
-def launch(run, train):
-    """Train as the arguments in `run` say, and print the closing line. Raises InputError.
-
-    Adds to `run` the scale, settings and plan that start() and end_epoch() use; they add what they learn.
+    Goes on from the checkpoint, and writes it after each epoch. Ends the program if the weights are not finite.
     """
-    _, world_size = processes()
-    batch_size, window = run.batch_size, run.batch_size * vars(run).get("accumulation_steps", 1)
-    if world_size > 1 and "accumulation_steps" not in run:
-        same = f"torchrun ... train_accum.py --batch-size {batch_size} --accumulation-steps 1"
-        raise InputError(f"runs in one process; the same steps in {world_size} processes: {same}")
-    device = pick_device(run.device)
-    X, y, run.scale = load_data(run.data) if run.data is not None else (*make_data(run.rows or 1000), {})
-    model = make_model(X.shape[1], y.shape[1], run.hidden, run.seed).to(device)
-    if run.checkpoint is not None:
-        run.checkpoint = os.path.realpath(run.checkpoint)
-    run.settings = {"rows per step": window, "--lr": run.lr, "--seed": run.seed, "--hidden": run.hidden}
-    run.settings["data"] = f"{len(X)} x {X.shape[1]} + {y.shape[1]}"
-    run.settings["data checksum"] = zlib.crc32(y.numpy(), zlib.crc32(X.numpy()))
-    steps = math.ceil(len(X) / window)
-    micro_batches = len(X) // window * (window // batch_size) + math.ceil(len(X) % window / batch_size)
-    run.plan = (
-        f"{len(X)} rows, {window} per step ({window // batch_size} x {batch_size}): {steps} steps and "
-        f"{micro_batches} micro-batches per epoch, {run.epochs} epochs; {world_size} process"
-        f"{'es' * (world_size > 1)} on {device}, torch {torch.__version__}, seed {run.seed}"
-    )
-    train(model, X, y, run, **{name: getattr(run, name) for name in train.__kwdefaults__})
-    epochs = run.epoch - run.first_epoch
-    if epochs == 0:
-        print(f"nothing to train: {run.checkpoint} has {run.epoch} epochs; a larger --epochs goes on")
-        return
+    rank, world_size = rank_and_world_size()
+    names, mean, std = args.data[2:] if args.data else ([], torch.zeros(0), torch.zeros(0))
+    checksum = 0
+    for part in (X, y, mean, std):
+        checksum = zlib.crc32(np.ascontiguousarray(part), checksum)
+    rows_per_step = args.batch_size * args.accumulation_steps
+    settings = {"rows per step": rows_per_step, "--lr": args.lr, "--seed": args.seed, "--hidden": args.hidden}
+    settings["data"] = f"{len(X)} rows with checksum {checksum:08x}"
+    states = [load_checkpoint(args.checkpoint, settings) if args.checkpoint and rank == 0 else None]
+    if world_size > 1:
+        dist.broadcast_object_list(states)  # the other processes may not have the file
+    first = states[0]["epoch"] if states[0] else 0
+    if first:
+        model.load_state_dict(states[0]["model"])
+        optimizer.load_state_dict(states[0]["optimizer"])
+    epochs, steps = range(first, args.epochs), math.ceil(len(X) / rows_per_step)
     print(
-        f"{steps * epochs} optimizer steps, {micro_batches * epochs} micro-batches, "
-        f"last epoch's mean loss {run.loss:.6f}, {run.seconds:.3f} s, "
-        f"{len(X) * epochs / run.seconds:,.0f} rows/s, peak memory {peak_memory(device)}"
+        f"{len(X)} rows{' under a header' if names else ''}, {args.batch_size} x {args.accumulation_steps} per step, "
+        f"{steps} steps per epoch, {first} of {args.epochs} epochs done; {args.device}, processes: {world_size}, "
+        f"torch {torch.__version__}, seed {args.seed}"
+    )
+    started = time.perf_counter()
+    for epoch in epochs:
+        yield epoch
+        if not nn.utils.get_total_norm(model.parameters()).isfinite():
+            sys.exit(f"error: epoch {epoch + 1}: the weights are not finite; try --lr {args.lr / 10:g}")
+        if args.checkpoint and rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+            state |= {"settings": settings, "mean": mean, "std": std, "torch": str(torch.__version__)}
+            save_checkpoint(args.checkpoint, state)
+    seconds = time.perf_counter() - started
+    meaning = "share of the targets' variance left unexplained" if args.data else "mean squared error"
+    print(
+        f"{steps * len(epochs)} optimizer steps, {meaning} {mean_loss(model, X, y, args.batch_size, args.device):.6f}, "
+        f"{seconds:.3f} s, {len(X) * len(epochs) / seconds:,.0f} rows/s, peak memory {peak_memory(args.device)}"
     )
 
 
-def interrupted(run):
-    """Return what to say after Ctrl-C or SIGTERM: which epoch is safe in which file."""
-    if run is None or run.checkpoint is None:
-        return "interrupted; no epoch is kept; --checkpoint FILE keeps each"
-    if "started" not in run or not os.path.exists(run.checkpoint):
-        return f"interrupted; {run.checkpoint} is as it was"
-    state = torch.load(run.checkpoint)
-    if state["settings"] != run.settings:
-        return f"interrupted; another run has written to {run.checkpoint}"
-    return f"interrupted; epoch {state['epoch']} of {run.epochs} is safe in {run.checkpoint}; the same command goes on"
-
-
-def main(train):
-    """Run a script's `train` as the command line says; a user's mistake ends in one line, not a traceback."""
-    if processes()[0] or sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    on_signals(interrupt)
-    run = None
-    try:
-        run = parse_args(train)
-        launch(run, train)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except InputError as error:
-        leave(2, f"error: {error}")
-    except FloatingPointError as error:
-        leave(1, f"error: {error}")
-    except KeyboardInterrupt as stop:
-        leave(stop.args[0], interrupted(run))
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:
-            leave(141, None)  # what the shell gives a process that SIGPIPE ended
-        leave(1, f"error: standard output: {error.strerror}")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        leave(1, "error: out of memory; lower --batch-size, --hidden or --rows")
+@torch.no_grad()
+def mean_loss(model, X, y, batch_size, device):
+    """Return the mean squared error over all rows, a float, computed on `batch_size` rows at a time."""
+    rank, world_size = rank_and_world_size()
+    model.eval()
+    total = 0.0
+    for inputs, targets in zip(X.split(batch_size), y.split(batch_size)):
+        inputs, targets = inputs[rank::world_size].to(device), targets[rank::world_size].to(device)
+        total += nn.functional.mse_loss(model(inputs), targets, reduction="sum").item()
+    return all_reduce_mean(torch.tensor(total, device=device)).item() * world_size / y.numel()

@@ -4,66 +4,71 @@
     python train_accum.py --batch-size 1 --accumulation-steps 32      # the same steps, cut finer
     torchrun --nproc-per-node 2 train_accum.py                        # the same steps, shared by two processes
 
-A step is one optimizer.step(), and its window the rows whose mean loss it descends: here, the rows of
-several micro-batches. Each adds its sum of losses, divided by the size of the whole window, so that a short
-tail needs no special case. Lines marked "processes" do nothing without torchrun.
+A step is one optimizer.step(). Here several micro-batches make one step: each adds the gradient of its summed loss,
+divided by the number of targets in all of them together. That is the gradient of their mean loss, short ones included.
+Lines marked "processes" do nothing without torchrun.
 """
 
 import math
+from itertools import islice
 
-import common  # before torch, so that Ctrl-C is quiet while torch loads
 import torch
-from torch import nn
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
+import common
 
-def train(model, X, y, run=None, *, batch_size=8, accumulation_steps=4, epochs=10, lr=0.01, seed=0, log_every=1):
-    """Train `model` in place on inputs X (rows, n) and targets y (rows, t), and return it.
 
-    A step takes `batch_size * accumulation_steps` rows, the last of an epoch what is left, and computes
-    `batch_size` of them at a time; both count the rows of all processes together.
-    Every `log_every`th step is printed, none if 0. `run` is for the command line.
-    Raises FloatingPointError at the end of an epoch whose loss or weights are not finite.
+def train(
+    model, optimizer, X, y, *, loss_fn=F.mse_loss, batch_size, accumulation_steps, epochs=range(10), seed=0, log_every=1
+):
+    """Train `model` in place on inputs X (rows, ...) and targets y (rows, ...).
+
+    An epoch has ceil(rows / batch_size / accumulation_steps) steps; all sizes count the rows of all processes together.
+    `loss_fn` is a loss of torch.nn.functional whose mean is over the targets, `epochs` an iterable of epoch numbers,
+    from 0 on. The first of every `log_every` steps of an epoch is printed; none if it is 0.
     """
     device = next(model.parameters()).device
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    loss_fn = nn.MSELoss(reduction="sum")
-    window = batch_size * accumulation_steps
-    steps = math.ceil(len(X) / window)
-    epochs_done = common.start(run, model, optimizer, X, y)
-    rank, world_size = common.processes()
-    replica = DistributedDataParallel(model) if world_size > 1 else model  # processes
-
-    for epoch in range(epochs_done, epochs):
-        order = common.row_order(len(X), seed, epoch)
-        windows = (order[first : first + window] for first in range(0, len(X), window))
-        loader = DataLoader(TensorDataset(X, y), sampler=windows, batch_size=None)  # whole windows, not row by row
-        epoch_loss = torch.zeros((), dtype=y.dtype, device=device)
-        for step, (all_inputs, all_targets) in enumerate(loader, 1):
-            micro_batches = list(zip(all_inputs.split(batch_size), all_targets.split(batch_size)))
-            divisor = all_targets.numel() / world_size  # DistributedDataParallel averages over the processes
-            window_loss = 0
-            for i, (inputs, targets) in enumerate(micro_batches, 1):
-                if world_size > 1:  # processes: my rows, maybe none; gradients are reduced in the last backward only
-                    inputs, targets = inputs[rank::world_size], targets[rank::world_size]
-                    replica.require_backward_grad_sync = i == len(micro_batches)  # the switch behind no_sync()
-                inputs, targets = inputs.to(device), targets.to(device)
-                loss = loss_fn(replica(inputs), targets) / divisor
-                loss.backward()
-                window_loss += loss.detach()
-            optimizer.step()
+    rank, world_size = common.init_process_group(device)  # processes
+    model = DistributedDataParallel(model) if world_size > 1 else model  # processes
+    model.train()
+    for epoch in epochs:
+        indices = common.shuffled_indices(len(X), seed, epoch).split(batch_size)
+        loader = DataLoader(TensorDataset(X, y), sampler=indices, batch_size=None, generator=torch.Generator())
+        step, batches = 0, iter(loader)
+        while micro_batches := list(islice(batches, accumulation_steps)):
+            n_targets = sum(targets.numel() for _, targets in micro_batches)
+            scale = world_size / n_targets  # DistributedDataParallel takes the mean over the processes
+            step_loss = 0
             optimizer.zero_grad()
-            epoch_loss.add_(window_loss, alpha=len(all_targets) / len(X))
-            if log_every and (epoch * steps + step) % log_every == 0:
+            for i, (inputs, targets) in enumerate(micro_batches, start=1):
+                if world_size > 1:  # processes: this one's rows, maybe none; gradients are reduced in the last backward
+                    inputs, targets = inputs[rank::world_size], targets[rank::world_size]
+                    model.require_backward_grad_sync = i == len(micro_batches)  # the switch behind no_sync()
+                inputs, targets = inputs.to(device), targets.to(device)
+                loss = loss_fn(model(inputs), targets, reduction="sum") * scale
+                loss.backward()
+                step_loss += loss.detach()
+            optimizer.step()
+            if log_every and step % log_every == 0:
                 print(
-                    f"Epoch: {epoch + 1}/{epochs}, Step: {step}/{steps}, "
-                    f"Loss: {common.mean_over_processes(window_loss).item():.6f}, "
-                    f"Micro-batches: {len(micro_batches)}, Rows: {len(all_targets)}"
+                    f"Epoch: {epoch + 1}, Step: {step + 1}/{math.ceil(len(indices) / accumulation_steps)}, "
+                    f"Loss: {common.all_reduce_mean(step_loss).item():.6f}, "
+                    f"Micro-batches: {len(micro_batches)}, Rows: {sum(len(targets) for _, targets in micro_batches)}"
                 )
-        common.end_epoch(run, model, optimizer, epoch + 1, epoch_loss)
-    return model
+            step += 1
+
+
+def main():
+    args = common.parse_args(__doc__, batch_size=8, accumulation_steps=4)
+    X, y = args.data[:2] if args.data else common.make_data(args.rows)
+    model = common.make_model(X.shape[1], y.shape[1], args.hidden, args.seed).to(args.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
+    epochs = common.epochs_to_train(args, model, optimizer, X, y)
+    sizes = {"batch_size": args.batch_size, "accumulation_steps": args.accumulation_steps}
+    train(model, optimizer, X, y, **sizes, epochs=epochs, seed=args.seed, log_every=args.log_every)
 
 
 if __name__ == "__main__":
-    common.main(train)
+    main()

@@ -1,47 +1,45 @@
-"""Batches cut by hand from a shuffled index, one optimizer step each.
+"""Batches cut by hand from shuffled row numbers, one optimizer step each.
 
     python train_manual.py
     python train_manual.py --data table.csv --batch-size 64 --epochs 100
 
-A step is one optimizer.step(), and its window the rows whose mean loss it descends: here, a slice.
+A step is one optimizer.step(). Here each slice makes one step: its gradient is that of the slice's mean loss.
 """
 
-import math
-
-import common  # before torch, so that Ctrl-C is quiet while torch loads
 import torch
-from torch import nn
+import torch.nn.functional as F
+
+import common
 
 
-def train(model, X, y, run=None, *, batch_size=16, epochs=10, lr=0.01, seed=0, log_every=1):
-    """Train `model` in place on inputs X (rows, n) and targets y (rows, t), and return it.
+def train(model, optimizer, X, y, *, loss_fn=F.mse_loss, batch_size, epochs=range(10), seed=0, log_every=1):
+    """Train `model` in place on inputs X (rows, ...) and targets y (rows, ...).
 
-    A step takes `batch_size` rows, the last of an epoch what is left: ceil(rows / batch_size) steps an epoch.
-    Every `log_every`th step is printed, none if 0. `run` is for the command line.
-    Raises FloatingPointError at the end of an epoch whose loss or weights are not finite.
+    An epoch has ceil(rows / batch_size) steps. `loss_fn` is a loss of torch.nn.functional, `epochs` an iterable of
+    epoch numbers, from 0 on. The first of every `log_every` steps of an epoch is printed; none if it is 0.
     """
     device = next(model.parameters()).device
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    loss_fn = nn.MSELoss()
-    steps = math.ceil(len(X) / batch_size)
-    epochs_done = common.start(run, model, optimizer, X, y)
-
-    for epoch in range(epochs_done, epochs):
-        order = common.row_order(len(X), seed, epoch)
-        epoch_loss = torch.zeros((), dtype=y.dtype, device=device)
-        for step, first in enumerate(range(0, len(X), batch_size), 1):
-            rows = order[first : first + batch_size]  # the last slice is shorter
+    model.train()
+    for epoch in epochs:
+        indices = common.shuffled_indices(len(X), seed, epoch).split(batch_size)
+        for step, rows in enumerate(indices):
             inputs, targets = X[rows].to(device), y[rows].to(device)
+            optimizer.zero_grad()
             loss = loss_fn(model(inputs), targets)
             loss.backward()
             optimizer.step()
-            optimizer.zero_grad()
-            epoch_loss.add_(loss.detach(), alpha=len(targets) / len(X))
-            if log_every and (epoch * steps + step) % log_every == 0:
-                print(f"Epoch: {epoch + 1}/{epochs}, Step: {step}/{steps}, Loss: {loss.item():.6f}")
-        common.end_epoch(run, model, optimizer, epoch + 1, epoch_loss)
-    return model
+            if log_every and step % log_every == 0:
+                print(f"Epoch: {epoch + 1}, Step: {step + 1}/{len(indices)}, Loss: {loss.item():.6f}")
+
+
+def main():
+    args = common.parse_args(__doc__, batch_size=16)
+    X, y = args.data[:2] if args.data else common.make_data(args.rows)
+    model = common.make_model(X.shape[1], y.shape[1], args.hidden, args.seed).to(args.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
+    epochs = common.epochs_to_train(args, model, optimizer, X, y)
+    train(model, optimizer, X, y, batch_size=args.batch_size, epochs=epochs, seed=args.seed, log_every=args.log_every)
 
 
 if __name__ == "__main__":
-    common.main(train)
+    main()
