@@ -50,7 +50,7 @@ def load_data(path):
     is_array = path.lower().endswith((".npy", ".npz"))
     names, table = ([], np.load(path, allow_pickle=False)) if is_array else read_csv(path)
     n_targets = 1
-    if not isinstance(table, np.ndarray):
+    if not isinstance(table, np.ndarray):  # .npz
         X, y = table["X"], table["y"]
         table, n_targets = np.column_stack([X, y]), math.prod(y.shape[1:])
     if table.ndim != 2 or len(table) == 0 or table.shape[1] <= n_targets or table.dtype.kind not in "biuf":
@@ -197,7 +197,7 @@ def load_checkpoint(path, settings):
 
 # ---- command line
 def parse_args(description, *, batch_size, accumulation_steps=None):
-    """Return a script's arguments, or end the program with argparse's message; without a default, no such flag."""
+    """Return a script's arguments (wrong ones end the program); accumulation_steps is a flag only with a default."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C and `| head` end the program at once, without a traceback
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
