@@ -54,7 +54,7 @@ def load_data(path):
         X, y = table["X"], table["y"]
         table, n_targets = np.column_stack([X, y]), math.prod(y.shape[1:])
     if table.ndim != 2 or len(table) == 0 or table.shape[1] <= n_targets or table.dtype.kind not in "biuf":
-        raise ValueError(f"{table.dtype} of shape {table.shape} is no table of real inputs and targets")
+        raise ValueError(f"{table.dtype} of shape {table.shape} is not a table of real inputs and targets")
     table = table.astype(np.float64, order="C", copy=False)
     if not -1e150 < table.min() <= table.max() < 1e150:  # nan, inf, and numbers whose squares overflow
         row, column = np.argwhere(~(np.abs(table) < 1e150))[0]
@@ -190,8 +190,8 @@ def load_checkpoint(path, settings):
         sys.exit(f"error: --checkpoint {path}: {error.strerror}")
     except (EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
         sys.exit(f"error: --checkpoint {path}: is not a whole checkpoint of these scripts; left as it is")
-    if changed := [f"{k} is {settings[k]}, not {found.get(k)}" for k in settings if settings[k] != found.get(k)]:
-        sys.exit(f"error: --checkpoint {path}: {'; '.join(changed)}; take the old value, or another file")
+    if changed := [f"{k} is {settings[k]}, was {found.get(k)}" for k in settings if settings[k] != found.get(k)]:
+        sys.exit(f"error: --checkpoint {path}: {'; '.join(changed)}; take the old values, or another file")
     return state
 
 
@@ -248,7 +248,7 @@ def explain_out_of_memory(kind, error, traceback):
 def epochs_to_train(args, model, optimizer, X, y):
     """Yield the epochs still to train, from 0 on; print a run's opening and closing line.
 
-    Goes on from the checkpoint, and writes it after each epoch. Ends the program if the weights are not finite.
+    Goes on from the checkpoint and writes it after each epoch; runs inside train(), where the processes are joined.
     """
     rank, world_size = rank_and_world_size()
     names, mean, std = args.data[2:] if args.data else ([], torch.zeros(0), torch.zeros(0))

@@ -238,7 +238,7 @@ def test_every_kind_of_file_gives_the_same_standardised_columns(tmp_path, monkey
 
 
 NO_TABLES = [
-    ("1\n2\n", "is no table"),
+    ("1\n2\n", "is not a table"),
     ("age,b\n1,2\n\n3,x\n", "line 4: could not convert string 'x' to float64 in column 2 (b) "),
     ("x,2\n3,4\n", "line 1: could not convert string 'x' to float64 in column 1 "),
     ("a,b\n1,2\n3,4,5\n", "line 3: the number of columns changed from 2 to 3"),
@@ -308,12 +308,12 @@ def test_scripts_go_on_from_each_others_checkpoints_with_the_same_settings_only(
     assert found[1] == "0" and found[2].startswith("share of the targets' variance")
     assert float(found[3]) == pytest.approx(F.mse_loss(X @ vector[:3] + vector[3], y[:, 0]).item(), abs=2e-6)
     _, err = run("train_basic.py", *flags, 5, *"--lr 0.1 --seed 1 --batch-size 16 --hidden 4".split(), fails=True)
-    changed = "rows per step is 16, not 32; --lr is 0.1, not 0.01; --seed is 1, not 0; --hidden is 4, not 0"
-    assert err == f"error: --checkpoint {file}: {changed}; take the old value, or another file"
+    changed = "rows per step is 16, was 32; --lr is 0.1, was 0.01; --seed is 1, was 0; --hidden is 4, was 0"
+    assert err == f"error: --checkpoint {file}: {changed}; take the old values, or another file"
     for other in (1000 * TABLE, TABLE[::-1]):  # in other units, which standardising hides; in another order
         np.savetxt(data, other, delimiter=",")
         _, err = run("train_basic.py", *flags, 5, fails=True)
-        assert re.search("data is 40 rows with checksum .{8}, not 40 rows with checksum", err)
+        assert re.search("data is 40 rows with checksum .{8}, was 40 rows with checksum", err)
     assert file.read_bytes() == before
 
 

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 train_accum.py                        # the same steps, shared by two processes
 
 A step is one optimizer.step(). Here several micro-batches make one step: each adds the gradient of its summed loss,
-divided by the number of targets in all of them together. That is the gradient of their mean loss, short ones included.
+divided by the number of targets in all of them together. That is the gradient of their mean loss, also if one is short.
 Lines marked "processes" do nothing without torchrun.
 """
 
@@ -26,8 +26,8 @@ def train(
     """Train `model` in place on inputs X (rows, ...) and targets y (rows, ...).
 
     An epoch has ceil(rows / batch_size / accumulation_steps) steps; all sizes count the rows of all processes together.
-    `loss_fn` is a loss of torch.nn.functional whose mean is over the targets, `epochs` an iterable of epoch numbers,
-    from 0 on. The first of every `log_every` steps of an epoch is printed; none if it is 0.
+    `loss_fn` is a loss of torch.nn.functional whose mean divides by targets.numel(), `epochs` an iterable of numbers,
+    from 0 on. The first of every `log_every` steps of an epoch is printed; 0 prints none.
     """
     device = next(model.parameters()).device
     rank, world_size = common.init_process_group(device)  # processes
@@ -35,6 +35,7 @@ def train(
     model.train()
     for epoch in epochs:
         indices = common.shuffled_indices(len(X), seed, epoch).split(batch_size)
+        # index tensors as sampler fetch whole batches; a generator of its own leaves the global one to the model
         loader = DataLoader(TensorDataset(X, y), sampler=indices, batch_size=None, generator=torch.Generator())
         step, batches = 0, iter(loader)
         while micro_batches := list(islice(batches, accumulation_steps)):

@@ -17,12 +17,13 @@ def train(model, optimizer, X, y, *, loss_fn=F.mse_loss, batch_size, epochs=rang
     """Train `model` in place on inputs X (rows, ...) and targets y (rows, ...).
 
     An epoch has ceil(rows / batch_size) steps. `loss_fn` is a loss of torch.nn.functional, `epochs` an iterable of
-    epoch numbers, from 0 on. The first of every `log_every` steps of an epoch is printed; none if it is 0.
+    epoch numbers, from 0 on. The first of every `log_every` steps of an epoch is printed; 0 prints none.
     """
     device = next(model.parameters()).device
     model.train()
     for epoch in epochs:
         indices = common.shuffled_indices(len(X), seed, epoch).split(batch_size)
+        # index tensors as sampler fetch whole batches; a generator of its own leaves the global one to the model
         loader = DataLoader(TensorDataset(X, y), sampler=indices, batch_size=None, generator=torch.Generator())
         for step, (inputs, targets) in enumerate(loader):
             inputs, targets = inputs.to(device), targets.to(device)

@@ -16,7 +16,7 @@ def train(model, optimizer, X, y, *, loss_fn=F.mse_loss, batch_size, epochs=rang
     """Train `model` in place on inputs X (rows, ...) and targets y (rows, ...).
 
     An epoch has ceil(rows / batch_size) steps. `loss_fn` is a loss of torch.nn.functional, `epochs` an iterable of
-    epoch numbers, from 0 on. The first of every `log_every` steps of an epoch is printed; none if it is 0.
+    epoch numbers, from 0 on. The first of every `log_every` steps of an epoch is printed; 0 prints none.
     """
     device = next(model.parameters()).device
     model.train()
