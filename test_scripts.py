@@ -310,7 +310,7 @@ def test_scripts_go_on_from_each_others_checkpoints_with_the_same_settings_only(
     _, err = run("train_basic.py", *flags, 5, *"--lr 0.1 --seed 1 --batch-size 16 --hidden 4".split(), fails=True)
     changed = "rows per step is 16, was 32; --lr is 0.1, was 0.01; --seed is 1, was 0; --hidden is 4, was 0"
     assert err == f"error: --checkpoint {file}: {changed}; take the old values, or another file"
-    for other in (1000 * TABLE, TABLE[::-1]):  # in other units, which standardising hides; in another order
+    for other in (1024 * TABLE, TABLE[::-1]):  # in other units, which standardising hides; in another order
         np.savetxt(data, other, delimiter=",")
         _, err = run("train_basic.py", *flags, 5, fails=True)
         assert re.search("data is 40 rows with checksum .{8}, was 40 rows with checksum", err)
