@@ -1,6 +1,7 @@
 """Tests of the promise (the same steps, however a batch is sliced) and of what users see; torchrun runs worker()."""
 
 import atexit
+import contextlib
 import math
 import os
 import pathlib
@@ -30,9 +31,9 @@ HERE = pathlib.Path(__file__).parent
 SCRIPTS = {"train_basic.py": train_basic, "train_accum.py": train_accum, "train_manual.py": train_manual}
 WINDOW = {"train_basic.py": [32], "train_accum.py": [8, 4], "train_manual.py": [32]}  # sizes for steps of 32 rows
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-SHARED = [(rows, 8, 4) for rows in (1, 2, 7, 33, 1000, 1001, 1037)] + [(rows, 2, 3) for rows in (1, 2, 7, 33)]
-FLAGS = ["--rows", "1001", "--epochs", "5", "--device", "cpu"]
-posix = pytest.mark.skipif(os.name != "posix", reason="needs the signals of Linux and macOS")
+SHARED = [(rows, 8, 4) for rows in (1, 2, 7, 33, 1037)] + [(rows, 2, 3) for rows in (1, 2, 7, 33)]
+FLAGS = ["--rows", "1001", "--epochs", "3", "--device", "cpu"]
+posix = pytest.mark.skipif(os.name != "posix", reason="needs signals, rm, torchrun (pytorch/pytorch#148283)")
 accelerator = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 KINDS = {  # hidden units, dropout, largest difference, options
     "float64": (0, 0, 1e-12, {"dtype": torch.float64}),
@@ -53,29 +54,44 @@ PLAIN, SCALE = np.random.default_rng(0).integers(-99, 99, (40, 4)) * [1, 0, 1, 1
 TABLE = PLAIN * SCALE + [1.7e18, 0.1, 5, 5]  # time stamps in nanoseconds, a constant, and two ordinary columns
 
 
-@pytest.fixture
-def start(tmp_path):
-    """Give a function that starts a command; what still runs after the test is ended, children included."""
+def starter():
+    """Give a function that starts a command in a folder; what still runs at the end is ended, children included."""
     processes = []
 
-    def start(*command, cwd=tmp_path):
-        cwd.mkdir(exist_ok=True)
+    def start(folder, *command):
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen([*map(str, command)], cwd=cwd, start_new_session=True, **streams))
+        processes.append(subprocess.Popen([*map(str, command)], cwd=folder, start_new_session=True, **streams))
         return processes[-1]
 
     yield start
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM) if os.name == "posix" else process.kill()  # torchrun passes it on
-        process.communicate(timeout=60)
+        process.communicate(timeout=900)
+
+
+start, start_early = pytest.fixture(starter), pytest.fixture(starter, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launches(request, start_early, tmp_path_factory):
+    """Start torchrun, which takes long, before the first test; return each launch's machines, {folder: process}."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    commands = [("killed", "--nproc-per-node 2 --max-restarts 1")]
+    commands += [("two", f"--nnodes 2 --node-rank {i} --nproc-per-node {2 - i} --master-port {port}") for i in (0, 1)]
+    launches = {"killed": {}, "two": {}}
+    for name, options in commands if any("several_processes" in item.name for item in request.session.items) else []:
+        folder = tmp_path_factory.mktemp(name)
+        launches[name][folder] = start_early(folder, *TORCHRUN, *options.split(), __file__, name)
+    return launches
 
 
 def finish(process):
     """Return what a process printed, once it ended well; the time limit is for one that hangs."""
     out, err = process.communicate(timeout=900)
-    assert process.returncode == 0 and "Traceback" not in err, (process.returncode, out[-500:], err[-3000:])
-    return out, err
+    assert process.returncode == 0, (process.returncode, out[-500:], err[-3000:])
+    return out
 
 
 @pytest.fixture
@@ -83,16 +99,12 @@ def run(monkeypatch, capsys):
     """Return a function that runs a script's main() in this process, and returns its lines and its error text."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
-    def run(script, *flags, fails=False):
-        monkeypatch.setattr(sys, "argv", [script, "--device", "cpu", *map(str, flags)])
-        code = None
-        try:
+    def run(script, *flags, device="cpu", fails=False):
+        monkeypatch.setattr(sys, "argv", [script, "--device", device, *map(str, flags)])
+        with pytest.raises(SystemExit) if fails else contextlib.nullcontext() as end:
             SCRIPTS[script].main()
-        except SystemExit as end:
-            code = end.code
         out, err = capsys.readouterr()
-        assert (code is not None) == fails and "Warning" not in err, (code, err)
-        return out.splitlines(), err or code
+        return out.splitlines(), err or (end.value.code if fails else "")
 
     return run
 
@@ -101,7 +113,7 @@ def trained(script, X, y, *sizes, model=None, dtype=torch.float32, optimizer=tor
     """Return the weights, one vector, after a script's train(); sizes: batch_size and accumulation_steps."""
     X, y = (part.to(dtype) if part.is_floating_point() else part for part in (X, y))
     model = (model or common.make_model(X.shape[1], y.shape[1])).to(dtype)
-    options = {"epochs": range(3), "log_every": 0, **dict(zip(["batch_size", "accumulation_steps"], sizes)), **options}
+    options = {"epochs": range(2), "log_every": 0, **dict(zip(["batch_size", "accumulation_steps"], sizes)), **options}
     SCRIPTS[script].train(model, optimizer(model.parameters(), lr=0.01), X, y, **options)
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
@@ -128,7 +140,7 @@ def test_same_weights_however_a_step_is_cut(rows, cut, kind, device):
         results.append(trained(script, X, y, *sizes, model=model, **options))
     hook.remove()
     basic, accum, manual = results
-    assert len(steps) == 3 * 3 * math.ceil(rows / window)
+    assert len(steps) == 3 * 2 * math.ceil(rows / window)
     assert torch.equal(basic, manual) and (accum - basic).abs().max() <= tolerance
 
 
@@ -168,20 +180,18 @@ def test_saved_activations_shrink_with_the_micro_batch():
 
 
 # ---- what is printed
-def test_the_scripts_as_a_user_runs_them(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("script", "steps"), [*zip(SCRIPTS, [32, 32, 63])])
+def test_a_run_without_flags(run, tmp_path, monkeypatch, script, steps):
     """With the default device, whatever it is here, and variables that another launch left behind."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    processes = [start(sys.executable, HERE / script) for script in SCRIPTS]
-    for process, steps in zip(processes, [32, 32, 63]):
-        out, err = finish(process)
-        opening, *_, closing = lines = out.splitlines()
-        assert opening.startswith("1000 rows, ") and f" {steps} steps per epoch, 0 of 10 epochs done; " in opening
-        assert opening.endswith(f", processes: 1, torch {torch.__version__}, seed 0")
-        assert err == "" and len(steps_printed(lines)) == 10 * steps
-        found = CLOSING.fullmatch(closing)
-        assert found[1] == str(10 * steps) and 0.008 < float(found[3]) < 0.012  # the noise's variance is 0.01
-    assert os.listdir(tmp_path) == []
+    (opening, *_, closing), _ = lines, err = run(script, device="auto")
+    assert opening.startswith("1000 rows, ") and f" {steps} steps per epoch, 0 of 10 epochs done; " in opening
+    assert opening.endswith(f", processes: 1, torch {torch.__version__}, seed 0")
+    assert len(steps_printed(lines)) == 10 * steps and err == "" and os.listdir(tmp_path) == []
+    found = CLOSING.fullmatch(closing)
+    assert found[1] == str(10 * steps) and 0.008 < float(found[3]) < 0.012  # the noise's variance is 0.01
 
 
 def test_the_first_of_every_x_steps_of_an_epoch_is_printed_with_the_mean_loss_of_its_rows(run):
@@ -199,8 +209,7 @@ def test_what_cannot_run_is_refused_by_name(run, monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "2")
     for script in ("train_basic.py", "train_manual.py"):
-        _, err = run(script, "--batch-size", 24, fails=True)
-        assert "one process only; several: train_accum.py --batch-size 24 --accumulation-steps 1" in err
+        assert "train_accum.py --batch-size 24 --accumulation-steps 1" in run(script, "--batch-size", 24, fails=True)[1]
 
 
 def test_a_run_that_cannot_go_on_says_what_to_change_and_writes_no_checkpoint(run, tmp_path, capsys):
@@ -243,12 +252,14 @@ NO_TABLES = [
     ("x,2\n3,4\n", "line 1: could not convert string 'x' to float64 in column 1 "),
     ("a,b\n1,2\n3,4,5\n", "line 3: the number of columns changed from 2 to 3"),
     ("a,b\n1,2\n3,nan\n", "row 2, column 2 (b): nan is not"),
+    ("1,2\n-1e200,3\n", "row 2, column 1: -1e+200 is not"),
     ("a,b\n1,000,2\n", "line 1 has 2 columns, the others have 3"),
     ("a;b\n1,5;2,5\n", "commas between"),
     (",a,b\n0,1,2\n", "leave out the index (pandas: index=False)"),
     ("0,1,2\n5,6,7\n", "line 1 numbers the columns; leave it out (pandas: header=False)"),
     ("größe,x\n1,2\n", "utf-8"),
     (np.ones((3, 2)) * 1j, "complex128"),
+    (np.ones((3, 2, 2)), "shape (3, 2, 2) is not a table"),
     (np.array([[None, 1]]), "Object arrays cannot be loaded"),
     ({"X": np.ones((3, 2))}, "y is not a file"),
 ]
@@ -274,10 +285,9 @@ def test_a_file_that_is_no_table_is_refused_with_the_place(tmp_path, run, conten
 def test_ended_at_any_moment_the_same_command_goes_on_to_the_same_weights(tmp_path, start, run, script, ending):
     file = tmp_path / "run.pt"  # the endings: a kill, Ctrl-C, `| head`
     flags = ("--rows", 500, "--batch-size", WINDOW[script][0], "--log-every", 30, "--checkpoint", file, "--epochs")
-    process = start(sys.executable, HERE / script, "--device", "cpu", *flags, 1000)
+    process = start(tmp_path, sys.executable, HERE / script, "--device", "cpu", *flags, 1000)
     while not file.exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(np.random.uniform(0, 0.1))
+        time.sleep(np.random.uniform(0, 0.1))
     process.stdout.close() if ending == "SIGPIPE" else process.send_signal(signal.Signals[ending])
     assert process.wait(timeout=900) == -signal.Signals[ending] and process.stderr.read() == ""
     epochs = torch.load(file)["epoch"] + 1
@@ -310,7 +320,7 @@ def test_scripts_go_on_from_each_others_checkpoints_with_the_same_settings_only(
     _, err = run("train_basic.py", *flags, 5, *"--lr 0.1 --seed 1 --batch-size 16 --hidden 4".split(), fails=True)
     changed = "rows per step is 16, was 32; --lr is 0.1, was 0.01; --seed is 1, was 0; --hidden is 4, was 0"
     assert err == f"error: --checkpoint {file}: {changed}; take the old values, or another file"
-    for other in (1024 * TABLE, TABLE[::-1]):  # in other units, which standardising hides; in another order
+    for other in (1024 * TABLE, TABLE[[0, 2, 1, *range(3, 40)]]):  # units, which standardising hides; order
         np.savetxt(data, other, delimiter=",")
         _, err = run("train_basic.py", *flags, 5, fails=True)
         assert re.search("data is 40 rows with checksum .{8}, was 40 rows with checksum", err)
@@ -357,16 +367,16 @@ def test_each_process_gets_a_device_of_its_own_or_all_get_the_cpu(monkeypatch):
         assert common.pick_device(name) == torch.device(picked)
 
 
-def worker(mode):
-    """What each process does in the tests with several; in mode "die", one is killed in the first attempt's epoch 4."""
+def worker(launch):
+    """What each process of a launch does; the one to be killed ends itself in epoch 2 of the first attempt."""
     rank, reductions, result, tasks = os.environ["RANK"], [], {}, "/proc/self/task"
     atexit.register(lambda: torch.save([result, os.path.exists(tasks) and len(os.listdir(tasks))], f"{rank}.pt"))
-    if mode == "die" and rank + os.environ["TORCHELASTIC_RESTART_COUNT"] == "10":
-        reduce, calls = common.all_reduce_mean, iter([True] * 110)
+    if launch == "killed" and rank + os.environ["TORCHELASTIC_RESTART_COUNT"] == "10":
+        reduce, calls = common.all_reduce_mean, iter([True] * 40)
         common.all_reduce_mean = lambda loss: reduce(loss) if next(calls, False) else os.kill(os.getpid(), 9)
     sys.argv = ["train_accum.py", *FLAGS, "--checkpoint", "run.pt"]
     train_accum.main()
-    result["undisturbed"] = trained("train_accum.py", *common.make_data(1001), 8, 4, epochs=range(5))
+    result["undisturbed"] = trained("train_accum.py", *common.make_data(1001), 8, 4, epochs=range(3))
 
     class Counting(nn.parallel.DistributedDataParallel):
         def __init__(self, model):
@@ -374,39 +384,30 @@ def worker(mode):
             self.register_comm_hook(None, lambda _, bucket: reductions.append(1) or allreduce_hook(None, bucket))
 
     train_accum.DistributedDataParallel = Counting
-    for case in SHARED if mode == "share" else []:
+    for case in SHARED:
         vector = trained("train_accum.py", *common.make_data(case[0]), *case[1:], dtype=torch.float64)
         result[case] = vector, len(reductions)
         reductions.clear()
 
 
-@pytest.mark.parametrize(("machines", "processes"), [(1, 3), (2, 1)])  # machines: folders that share no disk
-def test_same_weights_in_several_processes(start, run, tmp_path, machines, processes):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    launch = [*TORCHRUN, "--nnodes", machines, "--nproc-per-node", processes, "--master-port", port, "--node-rank"]
-    launches = [start(*launch, rank, __file__, "share", cwd=tmp_path / str(rank)) for rank in range(machines)]
-    out, *others = [finish(process)[0] for process in launches]
-    assert not any(others) and (tmp_path / str(machines - 1) / "run.pt").exists() == (machines == 1)
-    several, alone = out.splitlines(), run("train_accum.py", *FLAGS)[0]  # one voice, the same losses
-    assert f"processes: {machines * processes}" in several[0]
-    assert CLOSING.fullmatch(several[-1])[3] == CLOSING.fullmatch(alone[-1])[3]
-    assert np.allclose(steps_printed(several), steps_printed(alone), atol=2e-6)
-    result, threads = torch.load(tmp_path / "0" / "0.pt")
-    assert machines == 2 or threads in (1, False)  # the group's are gone; torchrun limits the others to 1
+@posix
+@pytest.mark.parametrize(("launch", "processes", "first"), [("killed", 2, 1), ("two", 3, 0)])
+def test_same_weights_in_several_processes(launches, run, launch, processes, first):
+    """On two machines, which share no disk; and on one, where a killed process costs its epoch at most."""
+    (folder, *others), (out, *silent) = launches[launch], map(finish, launches[launch].values())
+    lines, alone = out[out.rindex("1001 rows") :].splitlines(), run("train_accum.py", *FLAGS)[0]  # of the last attempt
+    assert f" {first} of 3 epochs done; cpu, processes: {processes}, " in lines[0] and not any(silent)
+    assert np.allclose(steps_printed(lines), steps_printed(alone)[32 * first :], atol=2e-6)
+    assert CLOSING.fullmatch(lines[-1])[3] == CLOSING.fullmatch(alone[-1])[3]
+    result, threads = torch.load(folder / "0.pt")
+    assert threads in (1, False)  # the group's are gone; torchrun limits the others to 1
+    assert torch.equal(weights(folder / "run.pt"), result["undisturbed"])
+    assert not any((other / "run.pt").exists() for other in others)
     for rows, *sizes in SHARED:
         vector, reductions = result[rows, *sizes]
-        assert reductions == 3 * math.ceil(rows / math.prod(sizes))  # one a step
+        assert reductions == 2 * math.ceil(rows / math.prod(sizes))  # one a step
         expected = trained("train_basic.py", *common.make_data(rows), math.prod(sizes), dtype=torch.float64)
         assert (vector - expected).abs().max() <= 1e-12
-
-
-@posix
-def test_a_killed_worker_costs_at_most_its_epoch(start, tmp_path):
-    process = start(*TORCHRUN, "--nproc-per-node", 2, "--max-restarts", 1, __file__, "die")
-    out, err = process.communicate(timeout=900)
-    assert process.returncode == 0 and "3 of 5 epochs done" in out, err
-    assert torch.equal(weights(tmp_path / "run.pt"), torch.load(tmp_path / "0.pt")[0]["undisturbed"])
 
 
 # ---- README
@@ -434,16 +435,15 @@ def test_every_block_of_the_readme_runs(section, start, run, tmp_path, monkeypat
     for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE):
         if language == "python":
             exec(compile(block, "README.md", "exec"), {})
-            continue
-        for line in block.splitlines():
+        for line in block.splitlines() if language == "sh" else []:
             if "--rows 32768" in line:  # a measurement: here it only has to run
-                line = "python " + line[line.index("train_accum.py") :].removesuffix(" & done; wait") + " --epochs 1"
-            first, *words = shlex.split(line)
+                line = f"python {re.search('train_accum[^&]+', line)[0]} --epochs 1 --rows 256"
+            first, *words = shlex.split(line.replace(".py ", ".py --device cpu "))
             if first == "python" and words[0] in SCRIPTS:
                 run(*words)  # in this process
                 continue
             program = {"python": [sys.executable], "torchrun": TORCHRUN}.get(first, [first])
-            finish(start(*program, *[HERE / word if word in SCRIPTS else word for word in words]))
+            finish(start(tmp_path, *program, *[HERE / word if word in SCRIPTS else word for word in words]))
 
 
 if __name__ == "__main__":
