@@ -89,7 +89,7 @@ def read_csv(path):
             fault, _, place = str(error).partition(" at row ")  # numpy's row numbers leave out blank lines
             for column in re.findall(r"column (\d+)", place):
                 fault += f" in column {column}" + (f" ({names[int(column) - 1]})" if int(column) <= len(names) else "")
-            raise ValueError(f"line {next(count) - 1}: {fault}") from None
+            raise ValueError(f"line {next(count) - 1}: {fault} (needed: numbers, commas between them)") from None
     if len(table) and len(cells) != table.shape[1]:
         raise ValueError(f"line 1 has {len(cells)} columns, the others have {table.shape[1]}")
     return names, table
@@ -233,7 +233,7 @@ def parse_args(description, *, batch_size, accumulation_steps=None):
         try:
             args.data = load_data(args.data)
         except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            parser.error(f"argument --data: {args.data}: {error} (needed: numbers; in a .csv, commas between them)")
+            parser.error(f"argument --data: {args.data}: {error}")
     return args
 
 
