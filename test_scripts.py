@@ -43,6 +43,7 @@ KINDS = {  # hidden units, dropout, largest difference, options
     "dropout": (16, 0.5, math.inf, {}),  # other masks in train_accum.py
 }
 torch.set_num_threads(1)  # the other cores are for the processes that some tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # each of which uses one, too
 ROWS, CUTS = [1, 5, 31, 32, 33, 997, 1000, 1001, 1037], [(8, 4), (1, 32), (32, 1), (7, 3), (400, 4)]
 CASES = [(rows, cut, "float64", "cpu") for rows in ROWS for cut in CUTS if rows < 1000 or cut != (1, 32)]
 CASES += [(1001, (8, 4), kind, "cpu") for kind in KINDS]
@@ -184,8 +185,7 @@ def test_saved_activations_shrink_with_the_micro_batch():
 def test_a_run_without_flags(run, tmp_path, monkeypatch, script, steps):
     """With the default device, whatever it is here, and variables that another launch left behind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "environ", os.environ | {"RANK": "1", "WORLD_SIZE": "2"})
     (opening, *_, closing), _ = lines, err = run(script, device="auto")
     assert opening.startswith("1000 rows, ") and f" {steps} steps per epoch, 0 of 10 epochs done; " in opening
     assert opening.endswith(f", processes: 1, torch {torch.__version__}, seed 0")
@@ -384,9 +384,9 @@ def worker(launch):
             self.register_comm_hook(None, lambda _, bucket: reductions.append(1) or allreduce_hook(None, bucket))
 
     train_accum.DistributedDataParallel = Counting
-    for case in SHARED:
-        vector = trained("train_accum.py", *common.make_data(case[0]), *case[1:], dtype=torch.float64)
-        result[case] = vector, len(reductions)
+    for rows, *sizes in SHARED:
+        vector = trained("train_accum.py", *common.make_data(rows), *sizes, dtype=torch.float64)
+        result[rows, *sizes] = vector, len(reductions)
         reductions.clear()
 
 
