@@ -1,300 +1,437 @@
-"""Model, data, device, processes, checkpoint and command line; how a batch becomes a step stands in the scripts."""
+"""Model, data, device, processes, checkpoint and command line of the three scripts.
+
+How a batch becomes an optimizer step is not in here: it is in train_epoch() of each.
+"""
 
 import argparse
 import atexit
+import csv
 import datetime
-import glob
-import io
+import fileinput
 import itertools
 import math
 import os
-import pickle
 import re
 import signal
 import sys
 import time
-import warnings
 import zipfile
 import zlib
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # if first imported with a process group open, some runs abort at their end
+
+# If the optimizer imported this module after the process group was opened, the group's
+# threads would outlive it, and some processes would abort when they end.
+import torch.distributed.nn.functional
 from torch import nn
 
 
 # ---- model and data
-def make_model(n_inputs, n_targets, hidden=0, seed=0):
-    """Return a linear model, or one with a layer of `hidden` ReLU units; `seed` decides the first weights."""
-    torch.manual_seed(seed)
+def make_model(n_inputs, n_targets, hidden=0):
+    """Return a linear model, or one with a hidden layer of `hidden` ReLU units."""
     if hidden == 0:
         return nn.Linear(n_inputs, n_targets)
-    return nn.Sequential(nn.Linear(n_inputs, hidden), nn.ReLU(), nn.Linear(hidden, n_targets))
+    return nn.Sequential(
+        nn.Linear(n_inputs, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, n_targets),
+    )
 
 
 def make_data(rows):
-    """Return float32 inputs (rows, 10) and targets (rows, 1): a linear rule plus noise of variance 0.01."""
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(rows, 10, generator=generator)
-    noise, weights = torch.randn(rows, 1, generator=generator), torch.randn(10, generator=generator)
-    return X, (X * weights).sum(dim=1, keepdim=True) + 0.1 * noise
+    """Return float32 inputs (rows, 10) and targets (rows, 1), the same in every run.
 
-
-def load_data(path):
-    """Return float32 inputs (rows, n) and targets (rows, t), the column names, and float64 mean and std (n + t,).
-
-    `path` is a .csv or 2-D .npy table whose last column is the target, or an .npz with arrays X and y. Each column is
-    standardised, (x - mean) / std; a constant one becomes zeros. Raises OSError, ValueError, and what np.load raises.
+    A target is the sum of its row's inputs, plus noise of variance 0.01.
     """
-    is_array = path.lower().endswith((".npy", ".npz"))
-    names, table = ([], np.load(path, allow_pickle=False)) if is_array else read_csv(path)
-    n_targets = 1
-    if not isinstance(table, np.ndarray):  # .npz
-        X, y = table["X"], table["y"]
-        table, n_targets = np.column_stack([X, y]), math.prod(y.shape[1:])
-    if table.ndim != 2 or len(table) == 0 or table.shape[1] <= n_targets or table.dtype.kind not in "biuf":
-        raise ValueError(f"{table.dtype} of shape {table.shape} is not a table of real inputs and targets")
-    table = table.astype(np.float64, order="C", copy=False)
-    if not -1e150 < table.min() <= table.max() < 1e150:  # nan, inf, and numbers whose squares overflow
-        row, column = np.argwhere(~(np.abs(table) < 1e150))[0]
-        name = f" ({names[column]})" if names else ""
-        raise ValueError(f"row {row + 1}, column {column + 1}{name}: {table[row, column]} is not a finite number")
+    rng = np.random.default_rng(0)
+    # ten inputs of standard deviation 1, and the noise
+    table = torch.from_numpy(rng.normal(0, [1] * 10 + [0.1], (rows, 11))).float()
+    return table[:, :10], table.sum(dim=1, keepdim=True)
+
+
+def get_data(args):
+    """Return inputs (rows, n), targets (rows, t), what they are called, their scaling.
+
+    The columns of a file are standardised: (x - mean) / std, in float32. The scaling is
+    a dict of "mean" and "std", float64 (n + t,), or None for synthetic data. Ends the
+    program if the file cannot be used.
+    """
+    if not args.data:
+        return *make_data(args.rows), f"{args.rows} rows", {"mean": None, "std": None}
+    try:
+        table, n_targets, remarks = read_table(args.data)
+    except Exception as error:  # a foreign file: numpy raises a dozen kinds
+        sys.exit(f"error: --data {args.data}: {error}")
+    name = f"{len(table)} rows{remarks}, checksum {zlib.crc32(table):08x}"
+    # Large and almost equal numbers (time stamps) differ in their last digits only,
+    # which a sum over them would lose.
     table = torch.from_numpy(table)
     first = table[0].clone()
-    table -= first  # or large, almost equal numbers (time stamps) would lose the digits in which they differ
+    table -= first
     std, mean = torch.std_mean(table, dim=0, correction=0)
-    std[std == 0] = 1
+    if not std[-n_targets:].all():
+        sys.exit(f"error: --data {args.data}: a target is the same in all rows")
+    std[std == 0] = 1  # a constant input becomes zeros
     table.sub_(mean).div_(std)
-    return table[:, :-n_targets].float(), table[:, -n_targets:].float(), names, mean + first, std
+    X, y = table.float().tensor_split([-n_targets], dim=1)
+    return X, y, name, {"mean": mean + first, "std": std}
+
+
+def read_table(path):
+    """Return a file's table, float64, its number of targets, and remarks on it, a text.
+
+    The last column of a .csv or .npy is the target; an .npz has arrays X (rows, n) and
+    y, (rows,) or (rows, t). Raises ValueError, and what numpy raises.
+    """
+    name = path.lower()
+    n_targets = 1
+    remarks = ""
+    if name.endswith(".npz"):
+        with np.load(path) as archive:
+            X, y = archive["X"], archive["y"]
+        n_targets = math.prod(y.shape[1:])
+        table = np.column_stack([X, y])
+    elif name.endswith(".npy"):
+        table = np.load(path)
+    else:
+        table, remarks = read_csv(path)
+
+    if table.ndim != 2 or not len(table) or not 0 < n_targets < table.shape[1]:
+        raise ValueError(f"an array of shape {table.shape} has no inputs and targets")
+    # Complex numbers, dates and texts are of another kind.
+    table = table.astype(float, order="C", casting="same_kind", copy=False)
+    size = np.abs(table)
+    for row, column in np.argwhere(~(size < 1e150)):  # sums of squares would overflow
+        raise ValueError(
+            f"row {row + 1}, column {column + 1}: "
+            f"{table[row, column]} is not a number below 1e150"
+        )
+    if size.max() >= 2**53:
+        remarks += " with numbers beyond 2**53 (16 digits of them are used)"
+    return table, n_targets, remarks
 
 
 def read_csv(path):
-    """Return a .csv file's column names (none if its first line has a number) and its table; raises ValueError."""
-    options = {"delimiter": ",", "quotechar": '"', "comments": None}
-    number = re.compile(r"\s*[-+]?(nan|inf|(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)\s*", re.IGNORECASE)
-    with open(path, encoding="utf-8-sig") as file, warnings.catch_warnings(action="ignore"):
-        count = itertools.count(1)
-        lines = itertools.compress(file, count)  # all of them, counted
-        first = next(lines, "")
-        cells = np.loadtxt([first], dtype=str, ndmin=1, **options).tolist()
-        names = [] if any(map(number.fullmatch, cells)) else cells
-        if cells and not cells[0]:
-            raise ValueError("line 1: the first cell is empty; leave out the index (pandas: index=False)")
-        if cells == [str(i) for i in range(max(3, len(cells)))]:
-            raise ValueError("line 1 numbers the columns; leave it out (pandas: header=False)")
+    """Return the table in a .csv file, and " under a header" or "".
+
+    A header is a first line without any number. Raises OSError and ValueError.
+    """
+    with fileinput.input(path, encoding="utf-8-sig") as file:
+        cells = next(csv.reader(file), [])
+        if not any(cells[:1]) or cells == [str(i) for i in range(max(3, len(cells)))]:
+            raise ValueError(
+                "line 1 has no name for a column; "
+                "leave out what pandas adds (index=False, header=False)"
+            )
+        header = "" if any(map(is_number, cells)) else " under a header"
+        if header:
+            cells = ["0"] * len(cells)  # numpy compares the lines' numbers of columns
         try:
-            table = np.loadtxt(lines if names else itertools.chain([first], lines), ndmin=2, **options)
+            table = np.loadtxt(
+                itertools.chain([",".join(cells)], file),
+                delimiter=",",
+                quotechar='"',
+                comments=None,
+                ndmin=2,
+            )
         except ValueError as error:
-            fault, _, place = str(error).partition(" at row ")  # numpy's row numbers leave out blank lines
-            for column in re.findall(r"column (\d+)", place):
-                fault += f" in column {column}" + (f" ({names[int(column) - 1]})" if int(column) <= len(names) else "")
-            raise ValueError(f"line {next(count) - 1}: {fault} (needed: numbers, commas between them)") from None
-    if len(table) and len(cells) != table.shape[1]:
-        raise ValueError(f"line 1 has {len(cells)} columns, the others have {table.shape[1]}")
-    return names, table
+            # numpy's number of the row leaves out blank lines
+            fault = re.sub(r" at row \d+(;.*)?", "", str(error))
+            raise ValueError(f"line {file.lineno()}: {fault}") from None
+    return table[1:] if header else table, header
+
+
+def is_number(text):
+    """Say whether numpy reads `text` as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "_" not in text  # 1_000 is a number in Python only
 
 
 def shuffled_indices(rows, seed, epoch):
-    """Return 0 to rows - 1, int64 (rows,), in an order that numpy's SeedSequence draws from seed and epoch together."""
+    """Return the row numbers 0 to rows - 1, int64 (rows,), in the order of an epoch.
+
+    It depends on nothing else, and neighbouring seeds share nothing: numpy mixes both.
+    """
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(rows))
 
 
 # ---- device and processes
 def pick_device(name):
-    """Return the torch.device `name`; "auto" is the accelerator, if each process has one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    """Return the torch.device `name`, for this process of those on this machine.
+
+    "auto" is the accelerator if there is one for each process, else the CPU. Raises
+    argparse.ArgumentTypeError if there is no such device.
+    """
+    accelerator = torch.accelerator.current_accelerator()
     count = torch.accelerator.device_count()
     local_rank, local_world_size = 0, 1
-    if dist.is_torchelastic_launched():  # by torchrun; else these may be left over from something else
-        local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if name == "auto":
-        name = accelerator.type if count >= local_world_size else "cpu"
-    if accelerator and name == accelerator.type:
-        name = f"{name}:{local_rank}"
+    if dist.is_torchelastic_launched():  # else these may be left over
+        local_rank = int(os.environ["LOCAL_RANK"])
+        local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    if name == "auto" and count < local_world_size:
+        name = "cpu"
+    if name in ("auto", str(accelerator)):
+        name = f"{accelerator}:{local_rank}"
     present = ["cpu", *(f"{accelerator}:{index}" for index in range(count))]
     if name not in present:
-        raise argparse.ArgumentTypeError(f"{name} is not here; there are: {', '.join(present)}")
+        raise argparse.ArgumentTypeError(f"{name} is not one of {present}")
     return torch.device(name)
 
 
-def init_process_group(device):
-    """Return this process's rank and the number of processes, after joining them if torchrun started it."""
-    if dist.is_initialized() or not dist.is_torchelastic_launched():
-        return rank_and_world_size()
+def init_process_group(args):
+    """Return this process's rank and the number of processes.
+
+    Joins the others if torchrun started it. From then on, the first one prints and
+    writes for all.
+    """
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    device = args.device
+    backend = "gloo"
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
+        backend = (
+            f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+        )
     store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ["GROUP_WORLD_SIZE"] == "1":  # several machines count their restarts apart
-        # torchrun keeps one store: without a prefix, addresses from before a restart are read (pytorch/pytorch#135712)
+    if os.environ["GROUP_WORLD_SIZE"] == "1":  # several machines count on their own
+        # torchrun keeps one store. Without a prefix of its own, a restarted process
+        # reads addresses from before the restart (pytorch/pytorch#135712).
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    backend, timeout = dist.get_default_backend_for_device(device), datetime.timedelta(minutes=5)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(
+        backend,
+        timeout=datetime.timedelta(minutes=5),
+        store=store,
+        rank=rank,
+        world_size=world_size,
+    )
     atexit.register(dist.destroy_process_group)
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process prints for all
+        sys.stdout = open(os.devnull, "w")
+        args.checkpoint = None
     return rank, world_size
 
 
-def rank_and_world_size():
-    """Return this process's rank and the number of processes, (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def all_reduce_mean(value):
-    """Return the mean of a tensor over the processes, all of which must call this."""
-    if dist.is_initialized():
-        value = value / dist.get_world_size()
-        dist.all_reduce(value)
-    return value
+    """Return the mean of a number over the processes, all of which must call this."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
 
 
 def peak_memory(device):
-    """Return the most memory used so far, and whose it is, as text."""
+    """Return the most memory used so far, and whose it is, in words."""
     if device.type not in ("cpu", "mps"):  # mps shares the memory of the process
-        return f"{torch.accelerator.max_memory_allocated(device) / 2**20:.0f} MiB of the device"
-    peak = re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read()) if sys.platform == "linux" else None
-    return f"{int(peak[1]) / 1024:.0f} MiB of the process" if peak else "unknown"
+        peak = torch.accelerator.max_memory_allocated(device) / 2**20
+        return f"{peak:.0f} MiB of the device"
+    if sys.platform == "linux":
+        with open("/proc/self/status") as file:
+            if peak := re.search(r"VmHWM:\s*(\d+) kB", file.read()):
+                return f"{int(peak[1]) / 1024:.0f} MiB of the process"
+    return "unknown"
 
 
 # ---- checkpoint
-def save_checkpoint(path, state):
-    """Replace the file `path` by the dict `state`, whole or not at all; ends the program if it cannot be written."""
-    content = io.BytesIO()
-    torch.save(state, content)  # not into the file: there a full disk would be a RuntimeError
+def get_settings(args, model, optimizer, data):
+    """Return what a checkpoint belongs to, {name: value}.
+
+    With several processes, ends each of them if one has other settings, or other flags
+    than --device, --data and --checkpoint.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    settings = {
+        "model": " ".join(str(model).split()),
+        "optimizer": type(optimizer).__name__,
+        **groups[0],
+        "other groups": groups[1:],
+        "rows per step": args.batch_size * args.accumulation_steps,
+        "seed": args.seed,
+        "data": data,
+    }
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        paths = {"device": "", "checkpoint": ""}
+        dist.all_gather_object(everyone, vars(args) | settings | paths)
+        for rank, found in enumerate(everyone):
+            if differences := compare(found, everyone[0], "in process 0"):
+                sys.exit(f"error: in process {rank}, {differences}")
+    return settings
+
+
+def compare(settings, others, place):
+    """Return in words what differs in two dicts of settings, "" if nothing does."""
+    return "; ".join(
+        f"{name} is {value}, {place} {others.get(name)}"
+        for name, value in settings.items()
+        if value != others.get(name)
+    )
+
+
+def load_checkpoint(path, settings, parts):
+    """Load `parts` from the file `path`, if there is one; return the epochs done.
+
+    `parts` are a dict of model, optimizer and whatever else has a state_dict. With
+    several processes, all get the first one's. Ends the program if the file does not
+    belong to the run.
+    """
+    states = [read_checkpoint(path, settings)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(states)
+    state = states[0]
+    if "fault" in state:
+        sys.exit(f"error: --checkpoint {state['fault']}")
+    if state["epoch"]:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    return state["epoch"]
+
+
+def read_checkpoint(path, settings):
+    """Return the dict in the file `path`; or {"fault": why it cannot be used}."""
+    if not path:
+        return {"epoch": 0}
+    if not os.access(os.path.dirname(path) or ".", os.W_OK):
+        return {"fault": f"{path}: a folder that can be written to is needed"}
     try:
-        with open(f"{path}.{os.getpid()}.tmp", "wb") as file:
-            file.write(content.getbuffer())
+        with zipfile.ZipFile(path) as archive:
+            altered = archive.testzip()  # torch.load takes altered bytes for weights
+        state = {} if altered else dict(torch.load(path, map_location="cpu"))
+        found = dict(state["settings"])
+    except FileNotFoundError:
+        return {"epoch": 0}
+    except Exception as error:  # a foreign file: zipfile and torch raise a dozen kinds
+        return {
+            "fault": f"{path}: not a whole checkpoint of these scripts ({error!r:.60})"
+        }
+    if changed := compare(settings, found, "was"):
+        return {"fault": f"{path}: {changed}; take the old values, or another file"}
+    return state
+
+
+def save_checkpoint(path, parts, epoch, settings, scaling):
+    """Replace the file `path`, whole or not at all; with None as path, do nothing.
+
+    Ends the program if the file cannot be written, or if a
+    weight of parts["model"] is not finite.
+    """
+    for weight in parts["model"].parameters():
+        if not weight.isfinite().all():
+            sys.exit(f"error: epoch {epoch}: a weight is not finite; try a lower --lr")
+    if not path:
+        return
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"epoch": epoch, "settings": settings} | scaling
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, path)
-    except OSError as error:
-        sys.exit(f"error: --checkpoint {path}: {error.strerror}; what it held before is safe")
-    finally:
-        for leftover in glob.glob(f"{glob.escape(path)}.*.tmp"):  # killed runs leave some, too
-            os.remove(leftover)
-
-
-def load_checkpoint(path, settings):
-    """Return the dict in the file `path`, None if there is no file; ends the program if it cannot be used."""
-    if not os.access(os.path.dirname(path), os.W_OK):
-        sys.exit(f"error: --checkpoint {path}: a folder that exists and can be written to is needed")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            altered = archive.testzip()  # torch.load would take altered bytes for weights
-        state = {} if altered else torch.load(path, map_location="cpu")
-        found = state["settings"]
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        sys.exit(f"error: --checkpoint {path}: {error.strerror}")
-    except (EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
-        sys.exit(f"error: --checkpoint {path}: is not a whole checkpoint of these scripts; left as it is")
-    if changed := [f"{k} is {settings[k]}, was {found.get(k)}" for k in settings if settings[k] != found.get(k)]:
-        sys.exit(f"error: --checkpoint {path}: {'; '.join(changed)}; take the old values, or another file")
-    return state
+    except (OSError, RuntimeError) as error:  # torch's, on a full disk
+        sys.exit(f"error: --checkpoint {path}: {error}; what it held before is safe")
 
 
 # ---- command line
 def parse_args(description, *, batch_size, accumulation_steps=None):
-    """Return a script's arguments (wrong ones end the program); accumulation_steps is a flag only with a default."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C and `| head` end the program at once, without a traceback
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
+    """Return a script's arguments; wrong ones end the program.
+
+    Only a script with a default for it has the flag --accumulation-steps.
+    """
+    # Ctrl-C and `| head` end the program at once, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.name == "posix":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.stdout.reconfigure(line_buffering=True)
-    sys.excepthook = explain_out_of_memory
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(accumulation_steps=1)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", metavar="FILE", help=".csv or .npy, its last column the target, or .npz with X and y")
-    source.add_argument("--rows", type=int, default=1000, metavar="X", help="rows of synthetic data (default: 1000)")
 
-    def add(flag, default, text, kind=int):
-        parser.add_argument(flag, type=kind, default=default, metavar="X", help=f"{text} (default: {default})")
+    def add(flag, default, text, lowest=1, to=parser):
+        def number(text):
+            value = type(default)(text)
+            if not lowest <= value < 2**31:
+                raise argparse.ArgumentTypeError(f"{text} is not in {lowest} to 2**31")
+            return value
 
-    add("--hidden", 0, "ReLU units in a hidden layer; 0: linear model")
-    add("--batch-size", batch_size, "rows computed at once; lower it if memory runs out")
+        text += f" (default: {default})"
+        to.add_argument(flag, type=number, default=default, help=text)
+
+    source.add_argument(
+        "--data",
+        help=".csv or .npy with the target in its last column, or .npz with X and y",
+    )
+    add("--rows", 1000, "rows of synthetic data", to=source)
+    add("--hidden", 0, "ReLU units in a hidden layer; 0: linear model", lowest=0)
+    add("--batch-size", batch_size, "rows computed at once; lower it to save memory")
     if accumulation_steps:
         add("--accumulation-steps", accumulation_steps, "micro-batches in a step")
-    add("--epochs", 10, "passes over the rows, those in the checkpoint included")
-    add("--lr", 0.01, "learning rate; lower it if the loss grows", float)
-    add("--seed", 0, "decides the first weights and the order of the rows")
-    add("--log-every", 1, "print the first of every X steps; 0: none, the fastest")
-    add("--device", "auto", "cpu, cuda, cuda:1, mps, ...; auto: the accelerator, if there is one", pick_device)
-    add("--checkpoint", None, "file written after each epoch; if it exists, training goes on from it", os.path.realpath)
+    add("--epochs", 10, "passes over the rows, finished ones included")
+    add("--lr", 0.01, "learning rate; lower it if the loss grows", lowest=1e-30)
+    add("--seed", 0, "decides the first weights and the order of the rows", lowest=0)
+    add("--log-every", 1, "print one of every X steps; 0: none, the fastest", lowest=0)
+    parser.add_argument(
+        "--device",
+        type=pick_device,
+        default="auto",
+        help="cpu, cuda, cuda:1, mps, ... (default: the accelerator, if there is one)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=os.path.realpath,
+        help="file written after each epoch; if it exists, training goes on from it",
+    )
     args = parser.parse_args()
-    lowest = {"rows": 1, "batch_size": 1, "accumulation_steps": 1, "epochs": 1, "hidden": 0, "seed": 0, "log_every": 0}
-    for name, low in {**lowest, "lr": 1e-30}.items():
-        if not low <= vars(args)[name] < 2**31:
-            parser.error(f"argument --{name.replace('_', '-')}: a number from {low} to 2**31 is needed")
-    if accumulation_steps is None and dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
-        parser.error(f"one process only; several: train_accum.py --batch-size {args.batch_size} --accumulation-steps 1")
-    if args.data is not None:
-        try:
-            args.data = load_data(args.data)
-        except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            parser.error(f"argument --data: {args.data}: {error}")
+    if (
+        not accumulation_steps
+        and dist.is_torchelastic_launched()
+        and os.environ["WORLD_SIZE"] != "1"
+    ):
+        parser.error(
+            "one process only; several: train_accum.py "
+            f"--batch-size {args.batch_size} --accumulation-steps 1"
+        )
     return args
 
 
-def explain_out_of_memory(kind, error, traceback):
-    """Say how to go on when memory has run out; show any other error as usual. For sys.excepthook."""
-    if not issubclass(kind, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        return sys.__excepthook__(kind, error, traceback)
-    smaller = "half the --batch-size, twice the --accumulation-steps and the same --checkpoint"
-    print(f"error: out of memory; the same steps need less in train_accum.py, with {smaller}", file=sys.stderr)
+def print_start(args, data, n_rows, first_epoch, world_size=1):
+    """Print a run's first line, and return the time, of time.perf_counter().
 
-
-def epochs_to_train(args, model, optimizer, X, y):
-    """Yield the epochs still to train, from 0 on; print a run's opening and closing line.
-
-    Goes on from the checkpoint and writes it after each epoch; runs inside train(), where the processes are joined.
+    The line tells data, sizes, device, and what decides the result.
     """
-    rank, world_size = rank_and_world_size()
-    names, mean, std = args.data[2:] if args.data else ([], torch.zeros(0), torch.zeros(0))
-    checksum = 0
-    for part in (X, y, mean, std):
-        checksum = zlib.crc32(np.ascontiguousarray(part), checksum)
-    rows_per_step = args.batch_size * args.accumulation_steps
-    settings = {"rows per step": rows_per_step, "--lr": args.lr, "--seed": args.seed, "--hidden": args.hidden}
-    settings["data"] = f"{len(X)} rows with checksum {checksum:08x}"
-    states = [load_checkpoint(args.checkpoint, settings) if args.checkpoint and rank == 0 else None]
-    if world_size > 1:
-        dist.broadcast_object_list(states)  # the other processes may not have the file
-    first = states[0]["epoch"] if states[0] else 0
-    if first:
-        model.load_state_dict(states[0]["model"])
-        optimizer.load_state_dict(states[0]["optimizer"])
-    epochs, steps = range(first, args.epochs), math.ceil(len(X) / rows_per_step)
+    steps = math.ceil(n_rows / (args.batch_size * args.accumulation_steps))
     print(
-        f"{len(X)} rows{' under a header' if names else ''}, {args.batch_size} x {args.accumulation_steps} per step, "
-        f"{steps} steps per epoch, {first} of {args.epochs} epochs done; {args.device}, processes: {world_size}, "
+        f"{data}, {args.batch_size} x {args.accumulation_steps} per step, "
+        f"{steps} steps per epoch, {first_epoch} of {args.epochs} epochs done; "
+        f"{args.device}, processes: {world_size}, "
         f"torch {torch.__version__}, seed {args.seed}"
     )
-    started = time.perf_counter()
-    for epoch in epochs:
-        yield epoch
-        if not nn.utils.get_total_norm(model.parameters()).isfinite():
-            sys.exit(f"error: epoch {epoch + 1}: the weights are not finite; try --lr {args.lr / 10:g}")
-        if args.checkpoint and rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
-            state |= {"settings": settings, "mean": mean, "std": std, "torch": str(torch.__version__)}
-            save_checkpoint(args.checkpoint, state)
-    seconds = time.perf_counter() - started
-    meaning = "share of the targets' variance left unexplained" if args.data else "mean squared error"
-    print(
-        f"{steps * len(epochs)} optimizer steps, {meaning} {mean_loss(model, X, y, args.batch_size, args.device):.6f}, "
-        f"{seconds:.3f} s, {len(X) * len(epochs) / seconds:,.0f} rows/s, peak memory {peak_memory(args.device)}"
-    )
+    return time.perf_counter()
 
 
 @torch.no_grad()
-def mean_loss(model, X, y, batch_size, device):
-    """Return the mean squared error over all rows, a float, computed on `batch_size` rows at a time."""
-    rank, world_size = rank_and_world_size()
+def print_end(args, model, X, y, first_epoch, steps, started):
+    """Print a run's last line: loss over all rows, time since `started`, memory."""
+    seconds = time.perf_counter() - started
     model.eval()
-    total = 0.0
-    for inputs, targets in zip(X.split(batch_size), y.split(batch_size)):
-        inputs, targets = inputs[rank::world_size].to(device), targets[rank::world_size].to(device)
-        total += nn.functional.mse_loss(model(inputs), targets, reduction="sum").item()
-    return all_reduce_mean(torch.tensor(total, device=device)).item() * world_size / y.numel()
+    loss = 0.0
+    for inputs, targets in zip(X.split(args.batch_size), y.split(args.batch_size)):
+        outputs = model(inputs.to(args.device)).cpu()
+        loss += nn.functional.mse_loss(outputs, targets, reduction="sum").item()
+    meaning = "share of the targets' variance left unexplained"
+    if not args.data:
+        meaning = "mean squared error"
+    print(
+        f"{steps} optimizer steps, {meaning} {loss / y.numel():.6f}, {seconds:.3f} s, "
+        f"{len(X) * (args.epochs - first_epoch) / seconds:,.0f} rows/s, "
+        f"peak memory {peak_memory(args.device)}"
+    )

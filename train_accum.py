@@ -1,15 +1,17 @@
-"""Several micro-batches, one optimizer step: a large batch in the memory of a small one.
+"""Several micro-batches, one optimizer step: large batches in the memory of small ones.
 
     python train_accum.py
-    python train_accum.py --batch-size 1 --accumulation-steps 32      # the same steps, cut finer
-    torchrun --nproc-per-node 2 train_accum.py                        # the same steps, shared by two processes
+    python train_accum.py --batch-size 1 --accumulation-steps 32
+    torchrun --nproc-per-node 2 train_accum.py
 
-A step is one optimizer.step(). Here several micro-batches make one step: each adds the gradient of its summed loss,
-divided by the number of targets in all of them together. That is the gradient of their mean loss, also if one is short.
-Lines marked "processes" do nothing without torchrun.
+A step is one optimizer.step(). Here several micro-batches make one step: each adds the
+gradient of its summed loss, divided by the number of targets in all of them together.
+That is the gradient of their mean loss, also if the last one is short.
+
+All three commands take the same steps: the second cuts them finer, the third shares
+them between two processes. Lines marked "processes" do nothing without torchrun.
 """
 
-import math
 from itertools import islice
 
 import torch
@@ -20,55 +22,88 @@ from torch.utils.data import DataLoader, TensorDataset
 import common
 
 
-def train(
-    model, optimizer, X, y, *, loss_fn=F.mse_loss, batch_size, accumulation_steps, epochs=range(10), seed=0, log_every=1
+def train_epoch(
+    model,
+    optimizer,
+    loader,
+    accumulation_steps,
+    *,
+    loss_fn=F.mse_loss,
+    epoch=0,
+    log_every=1,
 ):
-    """Train `model` in place on inputs X (rows, ...) and targets y (rows, ...).
+    """Train `model` in place for one epoch, and return the number of steps.
 
-    An epoch has ceil(rows / batch_size / accumulation_steps) steps; all sizes count the rows of all processes together.
-    `loss_fn` is a loss of torch.nn.functional whose mean divides by targets.numel(), `epochs` an iterable of numbers,
-    from 0 on. The first of every `log_every` steps of an epoch is printed; 0 prints none.
+    `loader` yields micro-batches (inputs, targets), of any sizes. `loss_fn` is called
+    as loss_fn(outputs, targets, reduction="sum"), and fits if its mean divides by
+    targets.numel(): not with ignored targets, class weights or soft labels. Of every
+    `log_every` steps the first is printed; 0 prints none.
+
+    With a DistributedDataParallel model, each process's loader yields this process's
+    rows, in equally many micro-batches, and each micro-batch uses every parameter.
+    Raises ValueError if accumulation_steps is below 1.
     """
+    if accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps is {accumulation_steps}, not 1 or more")
     device = next(model.parameters()).device
-    rank, world_size = common.init_process_group(device)  # processes
-    model = DistributedDataParallel(model) if world_size > 1 else model  # processes
     model.train()
-    for epoch in epochs:
-        indices = common.shuffled_indices(len(X), seed, epoch).split(batch_size)
-        # index tensors as sampler fetch whole batches; a generator of its own leaves the global one to the model
-        loader = DataLoader(TensorDataset(X, y), sampler=indices, batch_size=None, generator=torch.Generator())
-        step, batches = 0, iter(loader)
-        while micro_batches := list(islice(batches, accumulation_steps)):
-            n_targets = sum(targets.numel() for _, targets in micro_batches)
-            scale = world_size / n_targets  # DistributedDataParallel takes the mean over the processes
-            step_loss = 0
-            optimizer.zero_grad()
-            for i, (inputs, targets) in enumerate(micro_batches, start=1):
-                if world_size > 1:  # processes: this one's rows, maybe none; gradients are reduced in the last backward
-                    inputs, targets = inputs[rank::world_size], targets[rank::world_size]
-                    model.require_backward_grad_sync = i == len(micro_batches)  # the switch behind no_sync()
-                inputs, targets = inputs.to(device), targets.to(device)
-                loss = loss_fn(model(inputs), targets, reduction="sum") * scale
-                loss.backward()
-                step_loss += loss.detach()
-            optimizer.step()
-            if log_every and step % log_every == 0:
-                print(
-                    f"Epoch: {epoch + 1}, Step: {step + 1}/{math.ceil(len(indices) / accumulation_steps)}, "
-                    f"Loss: {common.all_reduce_mean(step_loss).item():.6f}, "
-                    f"Micro-batches: {len(micro_batches)}, Rows: {sum(len(targets) for _, targets in micro_batches)}"
-                )
-            step += 1
+    step = 0
+    batches = iter(loader)
+    while micro_batches := list(islice(batches, accumulation_steps)):
+        n_targets = sum(targets.numel() for _, targets in micro_batches)
+        n_targets = common.all_reduce_mean(n_targets)  # processes
+        losses = []
+        optimizer.zero_grad()
+        for i, (inputs, targets) in enumerate(micro_batches, 1):
+            if isinstance(model, DistributedDataParallel):  # processes
+                model.require_backward_grad_sync = i == len(micro_batches)
+            inputs, targets = inputs.to(device), targets.to(device)
+            loss = loss_fn(model(inputs), targets, reduction="sum") / n_targets
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        if log_every and step % log_every == 0:
+            loss = common.all_reduce_mean(sum(losses))  # processes
+            print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {loss:.6f}")
+        step += 1
+    return step
 
 
 def main():
     args = common.parse_args(__doc__, batch_size=8, accumulation_steps=4)
-    X, y = args.data[:2] if args.data else common.make_data(args.rows)
-    model = common.make_model(X.shape[1], y.shape[1], args.hidden, args.seed).to(args.device)
+    rank, world_size = common.init_process_group(args)  # processes
+    X, y, data, scaling = common.get_data(args)
+    torch.manual_seed(args.seed)
+    model = common.make_model(X.shape[1], y.shape[1], args.hidden).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
-    epochs = common.epochs_to_train(args, model, optimizer, X, y)
-    sizes = {"batch_size": args.batch_size, "accumulation_steps": args.accumulation_steps}
-    train(model, optimizer, X, y, **sizes, epochs=epochs, seed=args.seed, log_every=args.log_every)
+    parts = {"model": model, "optimizer": optimizer}  # a scheduler belongs here, too
+    settings = common.get_settings(args, model, optimizer, data)
+    first_epoch = common.load_checkpoint(args.checkpoint, settings, parts)
+    started = common.print_start(args, data, len(X), first_epoch, world_size)
+    if world_size > 1:  # processes
+        model = DistributedDataParallel(model)
+    steps = 0
+    for epoch in range(first_epoch, args.epochs):
+        # dropout draws the same again if a run goes on from here
+        torch.manual_seed(hash((args.seed, epoch)) + rank)  # processes
+        indices = common.shuffled_indices(len(X), args.seed, epoch)
+        loader = DataLoader(
+            TensorDataset(X, y),
+            # processes: each has its share of every micro-batch
+            sampler=[b[rank::world_size] for b in indices.split(args.batch_size)],
+            batch_size=None,  # the sampler yields whole batches
+            generator=torch.Generator(),  # leaves torch's own to dropout
+        )
+        steps += train_epoch(
+            model,
+            optimizer,
+            loader,
+            args.accumulation_steps,
+            epoch=epoch,
+            log_every=args.log_every,
+        )
+        common.save_checkpoint(args.checkpoint, parts, epoch + 1, settings, scaling)
+    common.print_end(args, model, X, y, first_epoch, steps, started)
 
 
 if __name__ == "__main__":
