@@ -5,9 +5,7 @@
 Some tests let torchrun start this file: then it is worker(), one of several processes.
 """
 
-import copy
 import functools
-import itertools
 import os
 import pathlib
 import re
@@ -181,13 +179,12 @@ def test_in_float32_the_cut_changes_rounding_only(trained, device, hidden):
 
 
 def test_uneven_micro_batches_without_a_length_make_the_same_steps():
-    """With classes and AdamW; a mode and gradients from before do no harm."""
+    """With classes and AdamW, in models that were left in eval()."""
     X, y = torch.randn(77, 10).double(), torch.arange(77) % 5
-    untrained = nn.Linear(10, 5).double().eval()
-    untrained.weight.grad = torch.ones(5, 10).double()
 
     def train(script, *data):
-        model = copy.deepcopy(untrained)
+        torch.manual_seed(0)
+        model = nn.Linear(10, 5).double().eval()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         script.train_epoch(model, optimizer, *data, loss_fn=F.cross_entropy)
         assert model.training
@@ -208,19 +205,19 @@ def test_a_step_descends_the_mean_loss_of_its_rows(float64, trained, script):
     X1 = F.pad(X, (0, 1), value=1)  # the last weight is the bias
     torch.manual_seed(5)
     model = common.make_model(10, 1)
-    expected = torch.cat([model.weight.T, model.bias[None]]).detach()
+    expected = nn.utils.parameters_to_vector(model.parameters()).detach()
     for rows in common.shuffled_indices(33, 5, 0).split(32):
-        slope = 2 * X1[rows].T @ (X1[rows] @ expected - y[rows]) / len(rows)
-        expected -= 0.01 * slope
+        errors = X1[rows] @ expected - y[rows, 0]
+        expected -= 0.01 * 2 * errors @ X1[rows] / len(rows)
     found = trained(script, (8, 4), "--rows", 33, "--epochs", 1, "--seed", 5)
-    assert torch.allclose(found, expected.flatten(), rtol=0, atol=1e-13)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-13)
 
 
 def test_an_epoch_has_each_row_once_in_an_order_of_its_own():
-    orders = [common.shuffled_indices(50, *seed) for seed in [(0, 0), (0, 1), (1, 0)]]
-    for order in orders:
-        assert order.sort().values.tolist() == list(range(50))
-    assert not any(torch.equal(*pair) for pair in itertools.combinations(orders, 2))
+    seeds = [(0, 0), (0, 1), (1, 0)]
+    orders = [common.shuffled_indices(50, *seed).tolist() for seed in seeds]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len(set(map(tuple, orders))) == 3
 
 
 @parametrize("rows, steps", [(1, 1), (32, 1), (64, 2), (65, 3)])
@@ -238,12 +235,12 @@ def test_less_than_one_accumulation_step_is_refused():
 
 
 # ---- edits of main()
-def dropout_model(n_inputs, n_targets, hidden):
-    return nn.Sequential(nn.Dropout(0.5), nn.Linear(n_inputs, n_targets))
+def dropout_model(*sizes):
+    return nn.Sequential(nn.Dropout(0.5), nn.Linear(10, 1))
 
 
-def norm_model(n_inputs, n_targets, hidden):
-    return nn.Sequential(nn.LayerNorm(n_inputs), nn.Linear(n_inputs, n_targets))
+def norm_model(*sizes):
+    return nn.Sequential(nn.LayerNorm(10), nn.Linear(10, 1))
 
 
 momentum = functools.partial(torch.optim.SGD, momentum=0.9)
@@ -273,11 +270,9 @@ def test_dropout_draws_the_same_in_both_scripts_and_after_going_on(
 
 
 EDITS = [
-    param(momentum, "momentum is 0.9, was 0; take the old", id="momentum"),
-    param(torch.optim.AdamW, "optimizer is AdamW, was SGD;", id="AdamW"),
-    param(
-        faster_bias, "params is [0], was [0, 1]; other groups is [{'lr': 0.1", id="lr"
-    ),
+    (momentum, "momentum is 0.9, was 0; take the old"),
+    (torch.optim.AdamW, "optimizer is AdamW, was SGD;"),
+    (faster_bias, "params is [0], was [0, 1]; other groups is"),
 ]
 
 
@@ -294,33 +289,31 @@ def test_a_checkpoint_of_another_optimizer_is_refused(
 # ---- what is printed
 STEP = re.compile(r"Epoch: (\d+), Step: (\d+), Loss: \d+\.\d{6}")
 SIZES = [
-    param(train_basic, "32 x 1", 32, id="basic"),
-    param(train_accum, "8 x 4", 32, id="accum"),
-    param(train_manual, "16 x 1", 63, id="manual"),
+    (train_basic, "32 x 1 per step, 32 steps"),
+    (train_accum, "8 x 4 per step, 32 steps"),
+    (train_manual, "16 x 1 per step, 63 steps"),
 ]
 
 
-@parametrize("script, sizes, steps", SIZES)
-def test_a_script_runs_without_flags(started, script, sizes, steps):
+@parametrize("script, sizes", SIZES)
+def test_a_script_runs_without_flags(started, script, sizes):
     process, _ = started[script]
     first, *middle, last = finish(process).splitlines()
-    sizes = f"1000 rows, {sizes} per step, {steps} steps per epoch, 0 of 10 epochs done"
-    assert first.startswith(sizes)
+    assert first.startswith(f"1000 rows, {sizes} per epoch, 0 of 10 epochs done; ")
     assert first.endswith(f", processes: 1, torch {torch.__version__}, seed 0")
-    assert STEP.fullmatch(middle[steps])[1] == "2"
-    assert re.fullmatch(
-        rf"{10 * steps} optimizer steps, mean squared error 0\.0\d+, [\d.]+ s, "
-        r"[\d,]+ rows/s, peak memory (\d+ MiB of the \w+|unknown)",
-        last,
+    assert STEP.fullmatch(middle[100])
+    closing = (
+        r"\d+ optimizer steps, mean squared error 0\.0\d+, [\d.]+ s, [\d,]+ rows/s, "
     )
+    assert re.match(closing + r"peak memory (\d+ MiB of the \w+|unknown)$", last)
 
 
 def test_one_of_x_steps_is_printed_with_the_mean_loss_of_the_whole_step(float64, run):
-    flags = ["--rows", 100, "--epochs", 2, "--log-every", 3]
+    flags = ["--rows", 100, "--epochs", 1, "--log-every", 3]
     basic, accum = (run(script, *flags)[1:-1] for script in (train_basic, train_accum))
     assert basic == accum
-    printed = [STEP.fullmatch(line).groups() for line in basic]
-    assert printed == [("1", "1"), ("1", "4"), ("2", "1"), ("2", "4")]
+    steps = [STEP.fullmatch(line)[2] for line in basic]
+    assert steps == ["1", "4"]
 
 
 @posix
@@ -347,20 +340,20 @@ def test_data_of_two_kinds_are_refused(refused):
     assert "not allowed with" in refused(train_basic, "--data", "x", "--rows", 5)
 
 
-@each_script
-def test_weights_that_are_not_finite_are_not_written(refused, tmp_path, script):
-    error = refused(script, "--lr", 1e4, "--checkpoint", tmp_path / "run.pt")
+def test_weights_that_are_not_finite_are_not_written(refused, tmp_path):
+    error = refused(train_basic, "--lr", 1e4, "--checkpoint", tmp_path / "run.pt")
     assert "error: epoch 1: a weight is not finite; try a lower --lr" in error
     assert os.listdir(tmp_path) == []
 
 
 def test_each_weight_has_to_be_finite_and_may_be_large():
-    model = nn.Linear(1, 1)
-    model.weight.data.fill_(3e38)  # its square overflows
-    common.save_checkpoint(None, {"model": model}, 1, {}, {})
-    model.bias.data.fill_(torch.nan)
+    parts = {"model": nn.Linear(1, 1)}
+    weight, bias = parts["model"].parameters()
+    weight.data.fill_(3e38)  # its square overflows
+    common.save_checkpoint(None, parts, 1, {}, {})
+    bias.data.fill_(torch.nan)
     with pytest.raises(SystemExit, match="not finite"):
-        common.save_checkpoint(None, {"model": model}, 1, {}, {})
+        common.save_checkpoint(None, parts, 1, {}, {})
 
 
 # ---- data
@@ -374,36 +367,34 @@ def read(file):
 
 
 def test_each_kind_of_file_gives_the_same_standardised_columns(tmp_path):
-    np.savetxt(tmp_path / "table.csv", TABLE, delimiter=",", fmt="%.17g")
+    """The .csv looks as if it came from a spreadsheet."""
+    style = {"header": '"a, b",2020_1,,"y"', "comments": "", "newline": "\r\n\r\n"}
+    csv = tmp_path / "table.csv"
+    np.savetxt(csv, TABLE, "%.17g", ",", encoding="utf-8-sig", **style)
     np.save(tmp_path / "table.npy", np.asfortranarray(TABLE))
     np.savez(tmp_path / "table.npz", X=TABLE[:, :-1], y=TABLE[:, -1])
     expected = (ROWS - ROWS.mean(axis=0)) / ROWS.std(axis=0)
     expected[:, 2] = 0  # a constant
     for file in tmp_path.iterdir():
-        X, y, name, scaling = read(file)
+        X, y, name, _ = read(file)
         assert np.allclose(torch.cat([X, y], dim=1), expected, atol=1e-4)
-        assert np.allclose(scaling["mean"], TABLE.mean(axis=0))
-        assert name.startswith("40 rows with numbers beyond 2**53 (16 digits")
+        assert "with numbers beyond 2**53 (16 digits of them are used)" in name
+    assert read(csv)[2].startswith("40 rows under a header with numbers")
 
 
-def test_the_table_of_a_spreadsheet_is_read(tmp_path):
-    file = tmp_path / "table.csv"
-    text = '"a, b","2020_1"\n\n"1","2"\n"3","5"\n\n'
-    file.write_text(text, encoding="utf-8-sig", newline="\r\n")
-    X, y, name, _ = read(file)
-    assert X.tolist() == y.tolist() == [[-1], [1]]
-    assert name.startswith("2 rows under a header, checksum ")
+def zero_model(*sizes):
+    model = nn.Linear(2, 2)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    return model
 
 
-def test_the_closing_loss_is_the_mean_over_rows_and_targets(run, tmp_path):
-    data, file = tmp_path / "table.npz", tmp_path / "run.pt"
+def test_the_closing_loss_is_the_mean_over_rows_and_targets(run, monkeypatch, tmp_path):
+    data = tmp_path / "table.npz"
     np.savez(data, X=ROWS[:, :2], y=ROWS[:, 2:])
-    last = run(train_accum, "--data", data, "--checkpoint", file)[-1]
-    X, y, *_ = read(data)
-    state = torch.load(file)["model"]
-    loss = F.mse_loss(X @ state["weight"].T + state["bias"], y).item()
-    found = re.search(r"share of the targets' variance left unexplained (\S+),", last)
-    assert float(found[1]) == pytest.approx(loss, abs=2e-6)
+    monkeypatch.setattr(common, "make_model", zero_model)
+    last = run(train_accum, "--data", data, "--lr", 1e-30)[-1]
+    assert "share of the targets' variance left unexplained 1.000000," in last
 
 
 TEXTS = [
@@ -434,11 +425,11 @@ def test_a_text_that_is_no_table_is_refused_with_the_place(
 ONES = np.ones((3, 2))
 DATES = ONES.astype("datetime64[D]")
 ARRAYS = [
-    param({"X": ONES}, "y is not a file", id="no targets"),
-    param({"X": ONES, "y": ONES[:, :0]}, "has no inputs", id="empty targets"),
-    param({"X": DATES, "y": DATES}, "M8[D]", id="dates"),
-    param({"X": np.ones(3, "f4,f4"), "y": ONES}, "promote", id="records"),
-    param({"X": [[None]], "y": [1]}, "Object arrays", id="objects"),
+    ({"X": ONES}, "y is not a file"),
+    ({"X": ONES, "y": ONES[:, :0]}, "has no inputs and targets"),
+    ({"X": DATES, "y": DATES}, "M8[D]"),
+    ({"X": np.ones(3, "f4,f4"), "y": ONES}, "promote"),
+    ({"X": [[None]], "y": [1]}, "Object arrays"),
 ]
 
 
@@ -477,24 +468,24 @@ def test_after_a_kill_the_same_command_goes_on_to_the_same_weights(
 def test_scripts_go_on_from_each_others_checkpoints(
     run, trained, monkeypatch, tmp_path
 ):
+    """With Adam's state. A finished run takes no step."""
     monkeypatch.setattr(torch.optim, "SGD", torch.optim.Adam)
     monkeypatch.chdir(tmp_path)
     flags = ["--batch-size", 32, "--checkpoint", "run.pt", "--epochs"]
     run(train_basic, *flags, 1)
     run(train_accum, "--accumulation-steps", 1, *flags, 2)
-    _, last = run(train_basic, "--log-every", 0, *flags, 2)
-    assert last.startswith("0 optimizer steps")
+    assert "0 optimizer steps" in run(train_basic, *flags, 2)[-1]
     run(train_manual, *flags, 3)
     whole = trained(train_basic, (8, 4), "--epochs", 3)
     assert torch.allclose(weights("run.pt"), whole, atol=1e-6)
 
 
 CHANGES = [
-    param(["--lr", 0.1], "lr is 0.1, was 0.01;", id="lr"),
-    param(["--seed", 1], "seed is 1, was 0;", id="seed"),
-    param(["--batch-size", 16], "rows per step is 16, was 32;", id="batch"),
-    param(["--rows", 999], "data is 999 rows, was 1000 rows;", id="rows"),
-    param(["--hidden", 4], "model is Sequential( (0): Linear(", id="hidden"),
+    (["--lr", 0.1], "lr is 0.1, was 0.01;"),
+    (["--seed", 1], "seed is 1, was 0;"),
+    (["--batch-size", 16], "rows per step is 16, was 32;"),
+    (["--rows", 999], "data is 999 rows, was 1000 rows;"),
+    (["--hidden", 4], "model is Sequential( (0): Linear("),
 ]
 
 
@@ -580,9 +571,8 @@ def test_a_checkpoint_is_replaced_when_it_is_written_whole(
     assert "No space left on device; what it held before is safe" in error
     assert file.read_bytes() == before
     run(train_basic, "--checkpoint", file, "--epochs", 20)
-    assert file.read_bytes() != before
     assert sorted(os.listdir(tmp_path)) == ["run.pt", "run.pt.notes.tmp"]
-    assert link.read_bytes() == before
+    assert file.read_bytes() != link.read_bytes() == before
 
 
 # ---- device and processes
@@ -601,12 +591,12 @@ def test_each_process_has_an_accelerator_or_all_have_the_cpu(
 ):
     monkeypatch.setenv("LOCAL_RANK", "1")  # left over, if there is one process
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for function, value in {
-        "torch.distributed.is_torchelastic_launched": processes == 2,
-        "torch.accelerator.device_count": count,
-        "torch.accelerator.current_accelerator": torch.device("cuda"),
-    }.items():
-        monkeypatch.setattr(function, lambda value=value: value)
+    for function, value in (
+        ("distributed.is_torchelastic_launched", processes == 2),
+        ("accelerator.device_count", count),
+        ("accelerator.current_accelerator", torch.device("cuda")),
+    ):
+        monkeypatch.setattr(f"torch.{function}", lambda value=value: value)
     assert common.pick_device(name) == torch.device(device)
 
 
@@ -618,8 +608,8 @@ def test_several_processes_are_sent_to_train_accum(refused, monkeypatch):
 
 
 OTHERS = [
-    param({"lr": 0.5}, "lr is 0.5, in process 0 0.01", id="setting"),
-    param({"log_every": 2}, "log_every is 2, in process 0 1", id="flag"),
+    ({"lr": 0.5}, "lr is 0.5, in process 0 0.01"),
+    ({"log_every": 2}, "log_every is 2, in process 0 1"),
 ]
 
 
@@ -686,19 +676,16 @@ def test_two_machines_go_on_from_the_file_of_the_first(run, trained, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     first, second = tmp_path / "first", tmp_path / "second"
+    flags = ["--rows", 33, "--batch-size", 1, "--epochs"]
     first.mkdir()
     second.mkdir()
-    flags = ["--rows", 33, "--batch-size", 1]
-    run(train_accum, *flags, "--epochs", 1, "--checkpoint", first / "run.pt")
+    run(train_accum, *flags, 1, "--checkpoint", first / "run.pt")
     options = f"--nnodes 2 --master-port {port} --node-rank"
-    longer = "--rows 33 --batch-size 1 --epochs 3 --checkpoint run.pt"
-    processes = [
-        torchrun(first, f"{options} 0", longer),
-        torchrun(second, f"{options} 1", longer),
-    ]
-    out, silence = map(finish, processes)
-    assert " 1 of 3 epochs done; cpu, processes: 2, " in out
-    assert silence == ""
+    same = "--rows 33 --batch-size 1 --epochs 3 --checkpoint run.pt"
+    zero = torchrun(first, f"{options} 0", same)
+    one = torchrun(second, f"{options} 1", same)
+    assert " 1 of 3 epochs done; cpu, processes: 2, " in finish(zero)
+    assert finish(one) == ""
     assert os.listdir(second) == ["facts1.pt"]
     whole = trained(train_accum, (1, 4), "--rows", 33, "--epochs", 3)
     assert torch.allclose(weights(first / "run.pt"), whole, rtol=0, atol=1e-6)
