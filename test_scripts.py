@@ -36,7 +36,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 HANG = 900  # seconds, after which a process hangs, on any machine
 
 parametrize = pytest.mark.parametrize
-each_script = parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 posix = pytest.mark.skipif(os.name != "posix", reason="needs signals and torchrun")
 gpu = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")
 
@@ -51,7 +50,7 @@ def run(monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def run(script, *flags):
-        command = [f"{script.__name__}.py", "--device", "cpu", *map(str, flags)]
+        command = [f"{script.__name__}.py", "--device=cpu", *map(str, flags)]
         monkeypatch.setattr(sys, "argv", command)
         script.main()
         return capsys.readouterr().out.splitlines()
@@ -117,10 +116,7 @@ def start(folder, *command):
 
 def finish(process):
     """Return what a process printed, once it ended well."""
-    try:
-        out, err = process.communicate(timeout=HANG)
-    finally:
-        process.terminate()  # if the test is interrupted
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 0, err
     return out
 
@@ -171,10 +167,9 @@ def test_the_cut_does_not_change_the_weights(float64, trained, rows, cut):
     assert scripts_agree(trained, cut, *flags, tolerance=1e-12)
 
 
-@parametrize("hidden", [0, 16])
 @parametrize("device", ["cpu", param("auto", marks=gpu)])
-def test_in_float32_the_cut_changes_rounding_only(trained, device, hidden):
-    flags = ["--rows", 1037, "--epochs", 3, "--hidden", hidden, "--device", device]
+def test_in_float32_the_cut_changes_rounding_only(trained, device):
+    flags = ["--rows", 1037, "--epochs", 3, "--hidden", 16, "--device", device]
     assert scripts_agree(trained, (8, 4), *flags)
 
 
@@ -199,7 +194,7 @@ def test_uneven_micro_batches_without_a_length_make_the_same_steps():
     assert torch.allclose(basic, accum, rtol=0, atol=1e-13)
 
 
-@each_script
+@parametrize("script", SCRIPTS)
 def test_a_step_descends_the_mean_loss_of_its_rows(float64, trained, script):
     X, y = common.make_data(33)
     X1 = F.pad(X, (0, 1), value=1)  # the last weight is the bias
@@ -220,7 +215,7 @@ def test_an_epoch_has_each_row_once_in_an_order_of_its_own():
     assert len(set(map(tuple, orders))) == 3
 
 
-@parametrize("rows, steps", [(1, 1), (32, 1), (64, 2), (65, 3)])
+@parametrize("rows, steps", [(1, 1), (64, 2), (65, 3)])
 def test_an_epoch_has_a_step_for_each_32_rows_begun(run, rows, steps):
     for script in (train_basic, train_accum):
         first, *middle, last = run(script, "--rows", rows)
@@ -243,8 +238,8 @@ def norm_model(*sizes):
     return nn.Sequential(nn.LayerNorm(10), nn.Linear(10, 1))
 
 
-momentum = functools.partial(torch.optim.SGD, momentum=0.9)
 SGD = torch.optim.SGD
+momentum = functools.partial(SGD, momentum=0.9)
 
 
 def faster_bias(parameters, lr):
@@ -326,7 +321,7 @@ def test_interrupts_and_closed_pipes_end_a_script_at_once(run, monkeypatch):
 
 WRONG = ["batch-size=0", "batch-size=1.5", "accumulation-steps=0", "rows=10000000000"]
 WRONG += ["epochs=0", "hidden=-1", "seed=-1", "log-every=-1", "lr=0", "lr=nan", "lr=x"]
-WRONG += ["device=tpu", "device=cuda:99", "device=meta"]
+WRONG += ["device=tpu", "device=cuda:99"]
 
 
 @parametrize("flag", WRONG)
@@ -336,24 +331,16 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_flag(refused, flag):
     assert f"train_accum.py: error: argument --{name}: " in error
 
 
-def test_data_of_two_kinds_are_refused(refused):
-    assert "not allowed with" in refused(train_basic, "--data", "x", "--rows", 5)
-
-
-def test_weights_that_are_not_finite_are_not_written(refused, tmp_path):
-    error = refused(train_basic, "--lr", 1e4, "--checkpoint", tmp_path / "run.pt")
-    assert "error: epoch 1: a weight is not finite; try a lower --lr" in error
-    assert os.listdir(tmp_path) == []
-
-
-def test_each_weight_has_to_be_finite_and_may_be_large():
+def test_each_weight_has_to_be_finite_to_be_written_and_may_be_large(tmp_path):
+    file = tmp_path / "run.pt"
     parts = {"model": nn.Linear(1, 1)}
     weight, bias = parts["model"].parameters()
     weight.data.fill_(3e38)  # its square overflows
-    common.save_checkpoint(None, parts, 1, {}, {})
+    common.save_checkpoint(file, parts, 1, {}, {})
     bias.data.fill_(torch.nan)
-    with pytest.raises(SystemExit, match="not finite"):
-        common.save_checkpoint(None, parts, 1, {}, {})
+    with pytest.raises(SystemExit, match="epoch 2: a weight is not finite"):
+        common.save_checkpoint(file, parts, 2, {}, {})
+    assert torch.load(file)["epoch"] == 1
 
 
 # ---- data
@@ -382,26 +369,20 @@ def test_each_kind_of_file_gives_the_same_standardised_columns(tmp_path):
     assert read(csv)[2].startswith("40 rows under a header with numbers")
 
 
-def zero_model(*sizes):
-    model = nn.Linear(2, 2)
-    nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)
-    return model
-
-
 def test_the_closing_loss_is_the_mean_over_rows_and_targets(run, monkeypatch, tmp_path):
+    def zeros(*sizes):
+        return nn.Sequential(nn.Linear(2, 2), nn.Threshold(1e9, 0))
+
     data = tmp_path / "table.npz"
     np.savez(data, X=ROWS[:, :2], y=ROWS[:, 2:])
-    monkeypatch.setattr(common, "make_model", zero_model)
-    last = run(train_accum, "--data", data, "--lr", 1e-30)[-1]
+    monkeypatch.setattr(common, "make_model", zeros)
+    last = run(train_accum, "--data", data)[-1]
     assert "share of the targets' variance left unexplained 1.000000," in last
 
 
 TEXTS = [
     param("", "line 1 has no name", id="empty"),
-    param("a,b\n", "shape (0, 2) has no inputs", id="header only"),
     param("a,b\n1,2\n\n3,x\n", "line 4: could not convert", id="word"),
-    param("x,2\n3,4\n", "line 1: could not convert", id="mixed header"),
     param("a,b\n1,0,2\n", "line 2: the number of columns", id="comma"),
     param("a,b\n1,2\n3,nan\n", "row 2, column 2: nan is not", id="nan"),
     param("1,2\n-1e200,3\n", "row 2, column 1: -1e+200 is not", id="large"),
@@ -453,7 +434,7 @@ def test_after_a_kill_the_same_command_goes_on_to_the_same_weights(
     run, trained, tmp_path
 ):
     file = tmp_path / "run.pt"
-    flags = ["--device", "cpu", "--checkpoint", file, "--epochs"]
+    flags = ["--device=cpu", "--checkpoint", file, "--epochs"]
     process = start(tmp_path, sys.executable, train_accum.__file__, *flags, 5000)
     while not file.exists() and process.poll() is None:
         time.sleep(0.05)
@@ -480,24 +461,18 @@ def test_scripts_go_on_from_each_others_checkpoints(
     assert torch.allclose(weights("run.pt"), whole, atol=1e-6)
 
 
-CHANGES = [
-    (["--lr", 0.1], "lr is 0.1, was 0.01;"),
-    (["--seed", 1], "seed is 1, was 0;"),
-    (["--batch-size", 16], "rows per step is 16, was 32;"),
-    (["--rows", 999], "data is 999 rows, was 1000 rows;"),
-    (["--hidden", 4], "model is Sequential( (0): Linear("),
-]
-
-
-@parametrize("flags, said", CHANGES)
-def test_a_checkpoint_of_another_setting_is_refused(
-    run, refused, tmp_path, flags, said
-):
+def test_each_setting_that_differs_is_told_and_no_other(run, refused, tmp_path):
     file = tmp_path / "run.pt"
     run(train_basic, "--checkpoint", file)
     before = file.read_bytes()
+    flags = ["--hidden=4", "--lr=0.1", "--batch-size=16", "--seed=1", "--rows=999"]
     error = refused(train_basic, "--checkpoint", file, *flags)
-    assert f"error: --checkpoint {file}: {said}" in error
+    assert f"{file}: model is Sequential( (0): Linear(in_features=10, out_f" in error
+    assert (
+        "; params is [0, 1, 2, 3], was [0, 1]; rows per step is 16, was 32; " in error
+    )
+    assert "; seed is 1, was 0; data is 999 rows, was 1000 rows; take" in error
+    assert "; lr is 0.1, was 0.01; " in error
     assert file.read_bytes() == before
 
 
@@ -506,8 +481,7 @@ def test_a_checkpoint_of_other_data_is_refused(run, refused, tmp_path):
     flags = ["--data", data, "--checkpoint", tmp_path / "run.pt"]
     np.save(data, TABLE)
     run(train_basic, *flags)
-    other_targets = TABLE.copy()
-    other_targets[:, -1] = TABLE[::-1, -1]
+    other_targets = np.c_[TABLE[:, :-1], TABLE[::-1, -1]]
     for other in (TABLE * 1024, TABLE[::-1], other_targets):
         np.save(data, other)
         assert "run.pt: data is 40 rows" in refused(train_basic, *flags)
@@ -520,7 +494,6 @@ class Code:
 
 FOREIGN = {
     "tensor": torch.ones(3),
-    "text": "settings",
     "other settings": {"settings": "none"},
     "another program's": {"settings": {"seed": 0}},
     "code": Code(),
@@ -580,7 +553,6 @@ DEVICES = [  # accelerators, processes, --device, what the second process gets
     (0, 1, "auto", "cpu"),
     (1, 1, "auto", "cuda:0"),
     (1, 2, "auto", "cpu"),
-    (2, 2, "auto", "cuda:1"),
     (2, 2, "cuda", "cuda:1"),
 ]
 
@@ -607,31 +579,24 @@ def test_several_processes_are_sent_to_train_accum(refused, monkeypatch):
     assert "train_accum.py --batch-size 9 " in refused(train_basic, "--batch-size", 9)
 
 
-OTHERS = [
-    ({"lr": 0.5}, "lr is 0.5, in process 0 0.01"),
-    ({"log_every": 2}, "log_every is 2, in process 0 1"),
-]
-
-
-@parametrize("other, said", OTHERS)
-def test_processes_with_other_flags_or_data_are_refused(
-    refused, monkeypatch, tmp_path, other, said
+def test_processes_with_other_flags_or_settings_are_refused(
+    refused, monkeypatch, tmp_path
 ):
     def gather(everyone, mine):
-        everyone[:] = [mine, mine | other]
+        everyone[:] = [mine, mine | {"lr": 0.5, "log_every": 2}]
 
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     error = refused(train_accum, "--checkpoint", tmp_path / "run.pt")
-    assert f"error: in process 1, {said}" in error
+    assert "error: in process 1, lr is 0.5, in process 0 0.01; log_every is 2" in error
     assert os.listdir(tmp_path) == []
 
 
 def worker():
     """Run train_accum.py as one process of several, and write down what it did.
 
-    If it may restart, process 1 kills itself once, in the second epoch.
+    If it may restart, process 1 kills itself once, in its 40th step.
     """
     rank = os.environ["RANK"]
     restarts = os.environ["TORCHELASTIC_MAX_RESTARTS"]
@@ -642,15 +607,15 @@ def worker():
 
     def count(_, bucket):
         reductions.append(bucket.index())
+        if len(reductions) == 40 and rank == "1" and restart < restarts:
+            os.kill(os.getpid(), signal.SIGKILL)
         return allreduce_hook(None, bucket)
 
-    def watched_epoch(model, *args, epoch, **options):
-        if (rank, epoch) == ("1", 1) and restart < restarts:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def watched_epoch(model, *args, **options):
         if not seeds:
             model.register_comm_hook(None, count)
         seeds.append(torch.initial_seed())
-        return train_epoch(model, *args, epoch=epoch, **options)
+        return train_epoch(model, *args, **options)
 
     train_accum.train_epoch = watched_epoch
     train_accum.main()
