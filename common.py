@@ -1,16 +1,20 @@
 """Model, data, device, processes, checkpoint and command line of the three scripts.
 
-How a batch becomes an optimizer step is not in here: it is in train_epoch() of each.
+How a batch becomes an optimizer step is not in here: it is in main() of each script.
 """
 
 import argparse
 import atexit
 import csv
 import datetime
+import difflib
 import fileinput
 import itertools
 import math
 import os
+import pathlib
+import pickle
+import pprint
 import re
 import signal
 import sys
@@ -29,118 +33,120 @@ from torch import nn
 
 
 # ---- model and data
-def make_model(n_inputs, n_targets, hidden=0):
-    """Return a linear model, or one with a hidden layer of `hidden` ReLU units."""
-    if hidden == 0:
-        return nn.Linear(n_inputs, n_targets)
-    return nn.Sequential(
-        nn.Linear(n_inputs, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, n_targets),
-    )
+def make_model(n_inputs, hidden=0):
+    """Return a linear model, or one with a hidden layer of `hidden` ReLU units.
 
-
-def make_data(rows):
-    """Return float32 inputs (rows, 10) and targets (rows, 1), the same in every run.
-
-    A target is the sum of its row's inputs, plus noise of variance 0.01.
+    It maps inputs (rows, n_inputs) to outputs (rows, 1).
     """
-    rng = np.random.default_rng(0)
-    # ten inputs of standard deviation 1, and the noise
-    table = torch.from_numpy(rng.normal(0, [1] * 10 + [0.1], (rows, 11))).float()
-    return table[:, :10], table.sum(dim=1, keepdim=True)
+    if hidden == 0:
+        return nn.Linear(n_inputs, 1)
+    return nn.Sequential(nn.Linear(n_inputs, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+
+def make_table(rows):
+    """Return a table (rows, 11), float64, the same in every run: the target comes last.
+
+    The target is the sum of its row's ten inputs, plus noise of variance 0.01.
+    """
+    noise = [0.1]
+    table = np.random.default_rng(0).normal(0, [1] * 10 + noise, (rows, 11))
+    table[:, -1] = table.sum(axis=1)
+    return table
 
 
 def get_data(args):
-    """Return inputs (rows, n), targets (rows, t), what they are called, their scaling.
+    """Return inputs X (rows, n) and targets y (rows, 1), float32, and their source.
 
-    The columns of a file are standardised: (x - mean) / std, in float32. The scaling is
-    a dict of "mean" and "std", float64 (n + t,), or None for synthetic data. Ends the
-    program if the file cannot be used.
+    They are the columns of --data or of make_table(), standardised: (x - mean) / std.
+    The source is a dict with "mean" and "std", float64 (n + 1,), and "checksum": what
+    tells these data from others. Ends the program if the file cannot be used.
     """
-    if not args.data:
-        return *make_data(args.rows), f"{args.rows} rows", {"mean": None, "std": None}
-    try:
-        table, n_targets, remarks = read_table(args.data)
-    except Exception as error:  # a foreign file: numpy raises a dozen kinds
-        sys.exit(f"error: --data {args.data}: {error}")
-    name = f"{len(table)} rows{remarks}, checksum {zlib.crc32(table):08x}"
+    table = make_table(args.rows) if args.data is None else read_table(args.data)
+    checksum = f"{len(table)} rows, crc32 {zlib.crc32(table):08x}"
     # Large and almost equal numbers (time stamps) differ in their last digits only,
     # which a sum over them would lose.
     table = torch.from_numpy(table)
     first = table[0].clone()
     table -= first
     std, mean = torch.std_mean(table, dim=0, correction=0)
-    if not std[-n_targets:].all():
-        sys.exit(f"error: --data {args.data}: a target is the same in all rows")
-    std[std == 0] = 1  # a constant input becomes zeros
-    table.sub_(mean).div_(std)
-    X, y = table.float().tensor_split([-n_targets], dim=1)
-    return X, y, name, {"mean": mean + first, "std": std}
+    if args.data is not None and std[-1] == 0:
+        sys.exit(f"error: --data {args.data}: the target is the same in all rows")
+    std[std == 0] = 1  # a constant column becomes zeros
+    X, y = table.sub_(mean).div_(std).float().tensor_split([-1], dim=1)
+    return X, y, {"mean": mean + first, "std": std, "checksum": checksum}
 
 
 def read_table(path):
-    """Return a file's table, float64, its number of targets, and remarks on it, a text.
+    """Return the table in a .npy or .csv file, float64 (rows, columns).
 
-    The last column of a .csv or .npy is the target; an .npz has arrays X (rows, n) and
-    y, (rows,) or (rows, t). Raises ValueError, and what numpy raises.
+    Ends the program if there is none.
     """
-    name = path.lower()
-    n_targets = 1
-    remarks = ""
-    if name.endswith(".npz"):
-        with np.load(path) as archive:
-            X, y = archive["X"], archive["y"]
-        n_targets = math.prod(y.shape[1:])
-        table = np.column_stack([X, y])
-    elif name.endswith(".npy"):
-        table = np.load(path)
-    else:
-        table, remarks = read_csv(path)
-
-    if table.ndim != 2 or not len(table) or not 0 < n_targets < table.shape[1]:
-        raise ValueError(f"an array of shape {table.shape} has no inputs and targets")
-    # Complex numbers, dates and texts are of another kind.
-    table = table.astype(float, order="C", casting="same_kind", copy=False)
-    size = np.abs(table)
-    for row, column in np.argwhere(~(size < 1e150)):  # sums of squares would overflow
-        raise ValueError(
-            f"row {row + 1}, column {column + 1}: "
-            f"{table[row, column]} is not a number below 1e150"
+    try:
+        if path.lower().endswith(".npy"):
+            with open(path, "rb") as file:
+                table = np.lib.format.read_array(file)
+        else:
+            table = read_csv(path)
+        # Complex numbers, dates and texts are of another kind.
+        table = table.astype(float, order="C", casting="same_kind", copy=False)
+    except OSError as error:
+        sys.exit(f"error: --data {path}: {error}")
+    except Exception as error:  # a foreign file: numpy raises a dozen kinds
+        sys.exit(
+            f"error: --data {path}: {error}; needed: a .npy of numbers, or a .csv "
+            "in UTF-8, with commas between its columns and points in its numbers"
         )
-    if size.max() >= 2**53:
-        remarks += " with numbers beyond 2**53 (16 digits of them are used)"
-    return table, n_targets, remarks
+    if table.ndim != 2 or len(table) == 0 or table.shape[1] < 2:
+        sys.exit(
+            f"error: --data {path}: an array of shape {table.shape} is no table of "
+            "rows with inputs and, in the last column, a target"
+        )
+    for row, column in np.argwhere(~np.isfinite(table))[:1]:
+        sys.exit(
+            f"error: --data {path}: row {row + 1}, column {column + 1}: "
+            f"{table[row, column]} is not a finite number"
+        )
+    return table
 
 
 def read_csv(path):
-    """Return the table in a .csv file, and " under a header" or "".
+    """Return the numbers in a .csv file, which may be packed (.gz, .bz2, .xz).
 
-    A header is a first line without any number. Raises OSError and ValueError.
+    A first line without any number is a header. Raises ValueError and OSError.
     """
-    with fileinput.input(path, encoding="utf-8-sig") as file:
-        cells = next(csv.reader(file), [])
-        if not any(cells[:1]) or cells == [str(i) for i in range(max(3, len(cells)))]:
+
+    def open_text(path, mode):
+        return np.lib.npyio.DataSource().open(path, "rt", encoding="utf-8-sig")
+
+    with fileinput.input(path, openhook=open_text) as file:
+        first = next(file, "")
+        cells = next(csv.reader([first]), [])
+        if not any(cells):
+            raise ValueError("line 1 is empty")
+        header = not any(map(is_number, cells))
+        if header and not cells[0]:
             raise ValueError(
-                "line 1 has no name for a column; "
-                "leave out what pandas adds (index=False, header=False)"
+                "line 1: column 1 has no name; leave out the names of the rows "
+                "(index=False in pandas, row.names=FALSE in R)"
             )
-        header = "" if any(map(is_number, cells)) else " under a header"
-        if header:
-            cells = ["0"] * len(cells)  # numpy compares the lines' numbers of columns
+        if header:  # a row of as many columns, so that numpy compares their number
+            first = ",".join("0" for cell in cells)
         try:
             table = np.loadtxt(
-                itertools.chain([",".join(cells)], file),
+                itertools.chain([first], file),
                 delimiter=",",
                 quotechar='"',
                 comments=None,
                 ndmin=2,
             )
+        except UnicodeDecodeError:
+            raise  # the file is read ahead of the line
         except ValueError as error:
             # numpy's number of the row leaves out blank lines
-            fault = re.sub(r" at row \d+(;.*)?", "", str(error))
+            fault = re.sub(r" at row \d+(;.*)?|\.$", "", str(error))
             raise ValueError(f"line {file.lineno()}: {fault}") from None
-    return table[1:] if header else table, header
+    print(f"{path}: line 1 is {'a header' if header else 'a row of numbers'}")
+    return table[1:] if header else table
 
 
 def is_number(text):
@@ -152,12 +158,13 @@ def is_number(text):
     return "_" not in text  # 1_000 is a number in Python only
 
 
-def shuffled_indices(rows, seed, epoch):
-    """Return the row numbers 0 to rows - 1, int64 (rows,), in the order of an epoch.
+def seed_epoch(seed, epoch):
+    """Seed torch for an epoch: its order of rows, dropout, a DataLoader's workers.
 
-    It depends on nothing else, and neighbouring seeds share nothing: numpy mixes both.
+    Neighbouring seeds and epochs share nothing, since numpy mixes both numbers.
     """
-    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(rows))
+    mixed = np.random.SeedSequence((seed, epoch)).generate_state(1)
+    torch.manual_seed(int(mixed[0]))
 
 
 # ---- device and processes
@@ -167,10 +174,10 @@ def pick_device(name):
     "auto" is the accelerator if there is one for each process, else the CPU. Raises
     argparse.ArgumentTypeError if there is no such device.
     """
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count()
     local_rank, local_world_size = 0, 1
-    if dist.is_torchelastic_launched():  # else these may be left over
+    if dist.is_torchelastic_launched():  # else the variables may be left over
         local_rank = int(os.environ["LOCAL_RANK"])
         local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
     if name == "auto" and count < local_world_size:
@@ -179,7 +186,10 @@ def pick_device(name):
         name = f"{accelerator}:{local_rank}"
     present = ["cpu", *(f"{accelerator}:{index}" for index in range(count))]
     if name not in present:
-        raise argparse.ArgumentTypeError(f"{name} is not one of {present}")
+        seen = ", ".join(present) if count > 0 else "no GPU, only cpu"
+        raise argparse.ArgumentTypeError(
+            f"{name} is not here; torch {torch.__version__} sees {seen}"
+        )
     return torch.device(name)
 
 
@@ -191,20 +201,14 @@ def init_process_group(args):
     """
     if not dist.is_torchelastic_launched():
         return 0, 1
-    device = args.device
-    backend = "gloo"
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
-        backend = (
-            f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-        )
+    if args.device.type != "cpu":
+        torch.accelerator.set_device_index(args.device.index)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ["GROUP_WORLD_SIZE"] == "1":  # several machines count on their own
         # torchrun keeps one store. Without a prefix of its own, a restarted process
         # reads addresses from before the restart (pytorch/pytorch#135712).
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(
-        backend,
         timeout=datetime.timedelta(minutes=5),
         store=store,
         rank=rank,
@@ -239,199 +243,227 @@ def peak_memory(device):
 
 
 # ---- checkpoint
-def get_settings(args, model, optimizer, data):
-    """Return what a checkpoint belongs to, {name: value}.
+def get_settings(args, source, parts):
+    """Return what decides the training, as a text: call it before the first step.
 
-    With several processes, ends each of them if one has other settings, or other flags
-    than --device, --data and --checkpoint.
+    `parts` is a dict of "model", "optimizer" and whatever else has a state_dict().
     """
-    groups = optimizer.state_dict()["param_groups"]
+    model = parts["model"]
+    weights = model.named_parameters()
+    modules = model.named_modules()
     settings = {
-        "model": " ".join(str(model).split()),
-        "optimizer": type(optimizer).__name__,
-        **groups[0],
-        "other groups": groups[1:],
-        "rows per step": args.batch_size * args.accumulation_steps,
+        "data": source["checksum"],
         "seed": args.seed,
-        "data": data,
+        "rows per step": args.batch_size * args.accumulation_steps,
+        "model": str(model).splitlines(),
+        "trained": {name: tuple(w.shape) for name, w in weights if w.requires_grad},
+        "in eval()": [name for name, module in modules if not module.training],
     }
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        paths = {"device": "", "checkpoint": ""}
-        dist.all_gather_object(everyone, vars(args) | settings | paths)
-        for rank, found in enumerate(everyone):
-            if differences := compare(found, everyone[0], "in process 0"):
-                sys.exit(f"error: in process {rank}, {differences}")
-    return settings
+    for name, part in parts.items():
+        if name != "model":
+            settings[name] = {"class": type(part).__name__, **part.state_dict()}
+    return pprint.pformat(settings)
 
 
-def compare(settings, others, place):
-    """Return in words what differs in two dicts of settings, "" if nothing does."""
-    return "; ".join(
-        f"{name} is {value}, {place} {others.get(name)}"
-        for name, value in settings.items()
-        if value != others.get(name)
-    )
+def compare(old, new):
+    """Return the lines that differ in two texts: "-" has the old, "+" the new."""
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm="")
+    _, _, *lines = lines  # without names of files and, next, without numbers of lines
+    return "\n".join(line for line in lines if line[0] in "-+")
 
 
-def load_checkpoint(path, settings, parts):
-    """Load `parts` from the file `path`, if there is one; return the epochs done.
+def load_checkpoint(args, settings, parts):
+    """Load `parts` from the file --checkpoint, if there is one; return the epochs done.
 
-    `parts` are a dict of model, optimizer and whatever else has a state_dict. With
-    several processes, all get the first one's. Ends the program if the file does not
-    belong to the run.
+    With several processes, all get what the first one reads. Ends the program, before
+    anything is loaded, if the file does not belong to the run, or a process does not.
     """
-    states = [read_checkpoint(path, settings)]
-    if dist.is_initialized():
+    several = dist.is_initialized()
+    if several:
+        flags = vars(args) | {"device": None, "data": None, "checkpoint": None}
+        texts = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, f"{pprint.pformat(flags)}\n{settings}")
+        for rank, text in enumerate(texts):
+            if text != texts[0]:
+                sys.exit(
+                    f"error: process 0 (-) and process {rank} (+) differ:\n"
+                    f"{compare(texts[0], text)}"
+                )
+    elif dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
+        sys.exit("error: this is for one process; train_accum.py is for several")
+    states = [read_checkpoint(args, settings)]
+    if several:
         dist.broadcast_object_list(states)
     state = states[0]
     if "fault" in state:
         sys.exit(f"error: --checkpoint {state['fault']}")
-    if state["epoch"]:
+    if state["epoch"] > 0:
         for name, part in parts.items():
             part.load_state_dict(state[name])
     return state["epoch"]
 
 
-def read_checkpoint(path, settings):
-    """Return the dict in the file `path`; or {"fault": why it cannot be used}."""
-    if not path:
+def read_checkpoint(args, settings):
+    """Return the dict in the file --checkpoint, or {"fault": why it cannot be used}."""
+    path = args.checkpoint
+    if path is None:
         return {"epoch": 0}
-    if not os.access(os.path.dirname(path) or ".", os.W_OK):
+    if not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
         return {"fault": f"{path}: a folder that can be written to is needed"}
     try:
         with zipfile.ZipFile(path) as archive:
-            altered = archive.testzip()  # torch.load takes altered bytes for weights
-        state = {} if altered else dict(torch.load(path, map_location="cpu"))
-        found = dict(state["settings"])
+            damage = archive.testzip()  # torch.load takes altered bytes for weights
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found, epochs = state["settings"], state["epoch"]
     except FileNotFoundError:
         return {"epoch": 0}
     except Exception as error:  # a foreign file: zipfile and torch raise a dozen kinds
+        damage = type(error).__name__  # torch's text advises to load it unsafely
+    if damage:
+        return {"fault": f"{path}: damaged, or of another program ({damage})"}
+    if found != settings:
         return {
-            "fault": f"{path}: not a whole checkpoint of these scripts ({error!r:.60})"
+            "fault": f"{path}: its settings (-) are not those of this run (+); take "
+            f"its settings, or another file:\n{compare(found, settings)}"
         }
-    if changed := compare(settings, found, "was"):
-        return {"fault": f"{path}: {changed}; take the old values, or another file"}
+    if epochs > args.epochs:
+        return {"fault": f"{path}: --epochs {args.epochs}, but {epochs} are done"}
     return state
 
 
-def save_checkpoint(path, parts, epoch, settings, scaling):
-    """Replace the file `path`, whole or not at all; with None as path, do nothing.
+def save_checkpoint(args, settings, source, epochs, parts):
+    """Replace the file --checkpoint, whole or not at all, after so many epochs.
 
-    Ends the program if the file cannot be written, or if a
-    weight of parts["model"] is not finite.
+    Without --checkpoint, writes nothing. Ends the program if a weight of
+    parts["model"] is not finite, or if the file cannot be written or read again.
     """
     for weight in parts["model"].parameters():
         if not weight.isfinite().all():
-            sys.exit(f"error: epoch {epoch}: a weight is not finite; try a lower --lr")
-    if not path:
+            sys.exit(f"error: epoch {epochs}: a weight is not finite; try a lower --lr")
+    if args.checkpoint is None:
         return
+    path = os.path.realpath(args.checkpoint)  # a link stays a link
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"epoch": epoch, "settings": settings} | scaling
+    state |= source | {"epoch": epochs, "settings": settings}
+    temporary = pathlib.Path(f"{path}.{os.getpid()}.tmp")  # two runs do not share it
     try:
-        with open(f"{path}.tmp", "wb") as file:
+        with temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(file.name, path)
-    except (OSError, RuntimeError) as error:  # torch's, on a full disk
-        sys.exit(f"error: --checkpoint {path}: {error}; what it held before is safe")
+        torch.load(temporary, map_location="meta", weights_only=True)  # reads no weight
+        temporary.replace(path)
+    except pickle.UnpicklingError:
+        sys.exit(
+            f"error: --checkpoint {path}: epoch {epochs} is not saved: torch.load "
+            "would refuse it; put float() around NumPy's numbers in the optimizer "
+            "and the schedule"
+        )
+    except (OSError, RuntimeError) as error:  # torch's stands around the system's
+        reason = error.__context__ or error
+        sys.exit(f"error: --checkpoint {path}: epoch {epochs} is not saved: {reason}")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- command line
-def parse_args(description, *, batch_size, accumulation_steps=None):
-    """Return a script's arguments; wrong ones end the program.
+def init_program():
+    """Print lines at once, and let Ctrl-C and `| head` end the program in silence.
 
-    Only a script with a default for it has the flag --accumulation-steps.
+    This is not for notebooks, whose output and signals are their own.
     """
-    # Ctrl-C and `| head` end the program at once, without a traceback.
+    sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.name == "posix":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.stdout.reconfigure(line_buffering=True)
+
+
+def at_least(lowest):
+    """Return a function that reads a flag's text as a whole number from `lowest`."""
+
+    def whole_number(text):
+        if lowest <= int(text) < 2**31:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {lowest} to {2**31 - 1}")
+
+    return whole_number
+
+
+def learning_rate(text):
+    """Read a flag's text as a number above 0."""
+    if 0 < float(text) < math.inf:
+        return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not above 0")
+
+
+def parse_args(argv, description, *, batch_size, accumulation_steps=None):
+    """Return a script's arguments; wrong ones end the program.
+
+    `argv` is a list of flags, or None for those of the command line. Only a script with
+    a default for it has the flag --accumulation-steps.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.set_defaults(accumulation_steps=1)
     source = parser.add_mutually_exclusive_group()
 
-    def add(flag, default, text, lowest=1, to=parser):
-        def number(text):
-            value = type(default)(text)
-            if not lowest <= value < 2**31:
-                raise argparse.ArgumentTypeError(f"{text} is not in {lowest} to 2**31")
-            return value
-
+    def add(flag, type, default, text, to=parser):
         text += f" (default: {default})"
-        to.add_argument(flag, type=number, default=default, help=text)
+        to.add_argument(flag, type=type, default=default, help=text)
 
     source.add_argument(
         "--data",
-        help=".csv or .npy with the target in its last column, or .npz with X and y",
+        help="a .csv or .npy file of numbers, with the target in the last column",
     )
-    add("--rows", 1000, "rows of synthetic data", to=source)
-    add("--hidden", 0, "ReLU units in a hidden layer; 0: linear model", lowest=0)
-    add("--batch-size", batch_size, "rows computed at once; lower it to save memory")
-    if accumulation_steps:
-        add("--accumulation-steps", accumulation_steps, "micro-batches in a step")
-    add("--epochs", 10, "passes over the rows, finished ones included")
-    add("--lr", 0.01, "learning rate; lower it if the loss grows", lowest=1e-30)
-    add("--seed", 0, "decides the first weights and the order of the rows", lowest=0)
-    add("--log-every", 1, "print one of every X steps; 0: none, the fastest", lowest=0)
-    parser.add_argument(
-        "--device",
-        type=pick_device,
-        default="auto",
-        help="cpu, cuda, cuda:1, mps, ... (default: the accelerator, if there is one)",
-    )
+    add("--rows", at_least(1), 1000, "rows of synthetic data", to=source)
+    add("--hidden", at_least(0), 0, "ReLU units in a hidden layer; 0: a linear model")
+    text = "rows computed at once; lower it to save memory"
+    add("--batch-size", at_least(1), batch_size, text)
+    if accumulation_steps is not None:
+        text = "micro-batches in a step"
+        add("--accumulation-steps", at_least(1), accumulation_steps, text)
+    add("--epochs", at_least(1), 10, "passes over the rows, finished ones included")
+    add("--lr", learning_rate, 0.01, "learning rate; lower it if the loss grows")
+    add("--seed", at_least(0), 0, "decides first weights and order of the rows")
+    add("--log-every", at_least(0), 1, "print one of so many steps; 0: none")
+    add("--device", pick_device, "auto", "cpu, cuda, cuda:1, mps, ...; auto: a GPU")
     parser.add_argument(
         "--checkpoint",
-        type=os.path.realpath,
         help="file written after each epoch; if it exists, training goes on from it",
     )
-    args = parser.parse_args()
-    if (
-        not accumulation_steps
-        and dist.is_torchelastic_launched()
-        and os.environ["WORLD_SIZE"] != "1"
-    ):
-        parser.error(
-            "one process only; several: train_accum.py "
-            f"--batch-size {args.batch_size} --accumulation-steps 1"
-        )
+    args = parser.parse_args(argv)
+    if "" in (args.data, args.checkpoint):
+        parser.error("a file needs a name; is a variable not set?")
     return args
 
 
-def print_start(args, data, n_rows, first_epoch, world_size=1):
-    """Print a run's first line, and return the time, of time.perf_counter().
-
-    The line tells data, sizes, device, and what decides the result.
-    """
-    steps = math.ceil(n_rows / (args.batch_size * args.accumulation_steps))
+def print_start(args, rows, first_epoch):
+    """Print a run's first line: sizes, epochs, device, and what decides the result."""
+    rows_per_step = args.batch_size * args.accumulation_steps
+    processes = dist.get_world_size() if dist.is_initialized() else 1
     print(
-        f"{data}, {args.batch_size} x {args.accumulation_steps} per step, "
-        f"{steps} steps per epoch, {first_epoch} of {args.epochs} epochs done; "
-        f"{args.device}, processes: {world_size}, "
-        f"torch {torch.__version__}, seed {args.seed}"
+        f"{rows} rows, {args.batch_size} x {args.accumulation_steps} per step, "
+        f"{math.ceil(rows / rows_per_step)} steps per epoch, "
+        f"{first_epoch} of {args.epochs} epochs done; {args.device}, "
+        f"processes: {processes}, torch {torch.__version__}, seed {args.seed}"
     )
-    return time.perf_counter()
 
 
 @torch.no_grad()
-def print_end(args, model, X, y, first_epoch, steps, started):
-    """Print a run's last line: loss over all rows, time since `started`, memory."""
-    seconds = time.perf_counter() - started
-    model.eval()
-    loss = 0.0
-    for inputs, targets in zip(X.split(args.batch_size), y.split(args.batch_size)):
-        outputs = model(inputs.to(args.device)).cpu()
-        loss += nn.functional.mse_loss(outputs, targets, reduction="sum").item()
-    meaning = "share of the targets' variance left unexplained"
-    if not args.data:
-        meaning = "mean squared error"
+def print_end(args, parts, X, y, loss_fn, start):
+    """Print a run's last line: loss of all rows, time since `start`, peak memory.
+
+    `loss_fn` is called as loss_fn(outputs, y), on the CPU. `start` is a time of
+    time.perf_counter(), in seconds.
+    """
+    seconds = time.perf_counter() - start
+    model = parts["model"].eval()
+    outputs = [model(x.to(args.device)).cpu() for x in X.split(args.batch_size)]
+    loss = loss_fn(torch.cat(outputs), y)
     print(
-        f"{steps} optimizer steps, {meaning} {loss / y.numel():.6f}, {seconds:.3f} s, "
-        f"{len(X) * (args.epochs - first_epoch) / seconds:,.0f} rows/s, "
+        f"Loss of all rows: {loss:.6f}, {seconds:.3f} s, "
         f"peak memory {peak_memory(args.device)}"
     )
