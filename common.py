@@ -266,9 +266,9 @@ def get_settings(args, source, parts):
 
 
 def compare(old, new):
-    """Return the lines that differ in two texts: "-" has the old, "+" the new."""
+    """Return the lines that differ in two texts, "-" old and "+" new; "" if none do."""
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm="")
-    _, _, *lines = lines  # without names of files and, next, without numbers of lines
+    lines = list(lines)[2:]  # without names of files, and next without numbers of lines
     return "\n".join(line for line in lines if line[0] in "-+")
 
 
@@ -284,10 +284,9 @@ def load_checkpoint(args, settings, parts):
         texts = [None] * dist.get_world_size()
         dist.all_gather_object(texts, f"{pprint.pformat(flags)}\n{settings}")
         for rank, text in enumerate(texts):
-            if text != texts[0]:
+            if changes := compare(texts[0], text):
                 sys.exit(
-                    f"error: process 0 (-) and process {rank} (+) differ:\n"
-                    f"{compare(texts[0], text)}"
+                    f"error: process 0 (-) and process {rank} (+) differ:\n{changes}"
                 )
     elif dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
         sys.exit("error: this is for one process; train_accum.py is for several")
@@ -313,21 +312,21 @@ def read_checkpoint(args, settings):
     try:
         with zipfile.ZipFile(path) as archive:
             damage = archive.testzip()  # torch.load takes altered bytes for weights
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found, epochs = state["settings"], state["epoch"]
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        changes = compare(state["settings"], settings)
     except FileNotFoundError:
         return {"epoch": 0}
     except Exception as error:  # a foreign file: zipfile and torch raise a dozen kinds
         damage = type(error).__name__  # torch's text advises to load it unsafely
     if damage:
         return {"fault": f"{path}: damaged, or of another program ({damage})"}
-    if found != settings:
+    if changes:
         return {
             "fault": f"{path}: its settings (-) are not those of this run (+); take "
-            f"its settings, or another file:\n{compare(found, settings)}"
+            f"its settings, or another file:\n{changes}"
         }
-    if epochs > args.epochs:
-        return {"fault": f"{path}: --epochs {args.epochs}, but {epochs} are done"}
+    if state["epoch"] > args.epochs:
+        return {"fault": f"{path}: {state['epoch']} epochs are done; raise --epochs"}
     return state
 
 

@@ -160,23 +160,23 @@ def run(capsys):
 def judged(run, tmp_path):
     """Return a function that runs a script and compares all it does with the judge.
 
-    Its options are the flags. A script without --accumulation-steps gets the product.
+    Its options are flags. A script without --accumulation-steps gets the product.
     """
 
-    def judged(script, table=None, done=0, **options):
-        sizes = {"batch_size": 8, "accumulation_steps": 4, "epochs": 2, "lr": 0.05}
-        options = sizes | {"seed": 0, "log_every": 1} | options
-        if script.__name__ != "train_accum":
-            options["batch_size"] *= options.pop("accumulation_steps")
+    def judged(script, rows=100, cut=(8, 4), done=0, **options):
+        options = {"epochs": 2, "lr": 0.05, "seed": 0, "log_every": 1} | options
+        batch_size, accumulation_steps = cut
+        if script.__name__ == "train_accum":
+            sizes = {"batch_size": batch_size, "accumulation_steps": accumulation_steps}
+        else:
+            sizes = {"batch_size": batch_size * accumulation_steps}
         file = tmp_path / "judged.pt"
         flags = [
-            f"--{name}={value}".replace("_", "-") for name, value in options.items()
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in (sizes | options).items()
         ]
-        lines = run(script, "--checkpoint", file, *flags)
-        if table is None:
-            table = make_table(options.pop("rows", 1000))
-        options.pop("data", None)
-        compare(lines, file, table, done=done, **options)
+        lines = run(script, f"--rows={rows}", f"--checkpoint={file}", *flags)
+        compare(lines, file, make_table(rows), done=done, **sizes, **options)
         return lines
 
     return judged
@@ -245,10 +245,7 @@ def test_a_script_runs_without_flags(script, batch_size, accumulation_steps, tmp
 @parametrize("rows", [1, 2, 31, 32, 33, 1037])
 @parametrize("cut", [(8, 4), (1, 32), (32, 1), (7, 3), (400, 4)], ids=str)
 def test_each_cut_takes_the_steps_of_the_judge(judged, script, rows, cut):
-    batch_size, accumulation_steps = cut
-    judged(
-        script, rows=rows, batch_size=batch_size, accumulation_steps=accumulation_steps
-    )
+    judged(script, rows, cut)
 
 
 @each_script
@@ -275,3 +272,693 @@ def test_a_hidden_layer_has_relu_units(run, script, tmp_path):
     outputs = np.maximum(0, table[:, :-1] @ w0.T + b0) @ w1.T + b1
     assert b0.shape == (3,)
     assert_close(read_last(last), np.mean((outputs - table[:, -1:]) ** 2), 2e-5)
+
+
+# ---- data
+# the first column is time stamps in nanoseconds, the third a constant
+OFFSETS = [1.7e18, 5, 0.1, 0]
+SHIFTED = np.random.default_rng(0).integers(-99, 99, (40, 4)) * [2**14, 1e-9, 0, 1]
+TABLE = SHIFTED + OFFSETS
+
+
+def write_spreadsheet(file, **style):
+    """Write the table as a spreadsheet does: marked as UTF-8, names, \\r\\n."""
+    style = {"header": '"a, b",2020_1,,"y"', "comments": "", "newline": "\r\n\r\n"}
+    np.savetxt(file, TABLE, "%.17g", ",", encoding="utf-8-sig", **style)
+
+
+@parametrize("name", ["a.csv", "a.csv.gz", "a.csv.bz2", "a.csv.xz", "a.npy", "A.NPY"])
+def test_a_file_of_any_form_is_the_same_table(run, tmp_path, name):
+    """The judge has the numbers without their offsets, which must not matter."""
+    data, file = tmp_path / name, tmp_path / "run.pt"
+    plain = tmp_path / "plain.csv"
+    write_spreadsheet(plain)
+    lines = run(train_basic, "--data", plain, "--checkpoint", file, "--epochs=1")
+    assert lines[0] == f"{plain}: line 1 is a header"
+    compare(lines[1:], file, SHIFTED, batch_size=32, epochs=1)
+    if "csv" in name:
+        write_spreadsheet(data)
+    else:
+        with data.open("wb") as numpy_file:
+            np.save(numpy_file, np.asfortranarray(TABLE))
+    lines = run(train_basic, "--data", data, "--checkpoint", file, "--epochs=2")
+    compare(lines[-4:], file, SHIFTED, batch_size=32, epochs=2, done=1)
+    state = torch.load(file)
+    std = SHIFTED.std(axis=0)
+    std[2] = 1  # the constant is shifted only
+    assert_close((state["mean"].numpy() - TABLE.mean(axis=0)) / std, 0, 1e-3)
+    assert_close(state["std"].numpy() / std, 1, 1e-6)
+
+
+def test_a_table_without_a_header_keeps_its_first_row(run, tmp_path):
+    data = tmp_path / "table.csv"
+    np.savetxt(data, SHIFTED, delimiter=",")
+    remark, *lines = run(train_basic, "--data", data)
+    assert remark == f"{data}: line 1 is a row of numbers"
+    compare(lines, None, SHIFTED, batch_size=32)
+
+
+COMMAS = "; needed: a .npy of numbers, or a .csv in UTF-8, with commas between"
+TEXTS = [
+    param("", "line 1 is empty", id="empty"),
+    param("\na,b\n1,2\n", "line 1 is empty", id="blank"),
+    param("a,b\n1,2\n\n3,x\n", "line 4: could not convert string 'x'", id="word"),
+    param("a,b\n1,0,2\n", "line 2: the number of columns changed", id="comma"),
+    param("a;b\n1;2\n", f"string '1;2' to float64, column 1{COMMAS}", id="semicolon"),
+    param("a;b\n1,5;2,5\n", f"changed from 1 to 3{COMMAS}", id="decimal comma"),
+    param("1,2\n1_0,2\n", "line 2: could not convert string '1_0'", id="underscore"),
+    param("a,b\n1,2\n3,nan\n", "row 2, column 2: nan is not a finite", id="nan"),
+    param("a,b\n-inf,2\n", "row 1, column 1: -inf is not a finite", id="infinite"),
+    param(",a,b\n0,1,2\n", "row.names=FALSE in R", id="index"),
+    param("1,2\n3,2\n", "the target is the same in all rows", id="constant"),
+    param("a,b\n", "an array of shape (0, 2) is no table", id="no rows"),
+    param("a\n1\n", "an array of shape (1, 1) is no table", id="one column"),
+]
+
+
+@parametrize("text, said", TEXTS)
+def test_a_text_that_is_no_table_is_refused_with_the_place(
+    refused, tmp_path, text, said
+):
+    data = tmp_path / "table.csv"
+    data.write_text(text)
+    error = refused(train_basic, "--data", data)
+    assert f"error: --data {data}: " in error
+    assert said in error
+
+
+ONES = np.ones((3, 2))
+ARRAYS = [
+    param(np.ones(3), "an array of shape (3,) is no table", id="1-D"),
+    param(ONES[:0], "an array of shape (0, 2) is no table", id="empty"),
+    param(ONES.astype("M8[D]"), "dtype('<M8[D]')", id="dates"),
+    param(ONES.astype(complex), "dtype('complex128')", id="complex"),
+    param(ONES.astype(str), "dtype('<U32')", id="texts"),
+    param(ONES.astype(object), "Object arrays cannot be loaded", id="objects"),
+]
+
+
+@parametrize("array, said", ARRAYS)
+def test_an_array_that_is_no_table_is_refused(refused, tmp_path, array, said):
+    np.save(tmp_path / "table.npy", array)
+    assert said in refused(train_basic, "--data", tmp_path / "table.npy")
+
+
+FILES = [
+    param("table.csv", "a,b\n1,2\n".encode("utf-16"), "can't decode", id="UTF-16"),
+    param("table.csv.gz", b"a,b\n1,2\n", "Not a gzipped file", id="not packed"),
+    param("table.npy", b"a,b\n1,2\n", "magic string", id="not NumPy's"),
+    param("other.csv", b"", "not found", id="missing"),
+]
+
+
+@parametrize("name, content, said", FILES)
+def test_a_file_that_cannot_be_read_is_refused(refused, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    data = tmp_path / name.replace("other", "table")
+    error = refused(train_basic, "--data", data)
+    assert f"error: --data {data}: " in error
+    assert said in error
+
+
+# ---- flags and messages
+FLAGS = [
+    ("--batch-size=0", "argument --batch-size: 0 is not from 1 to 2147483647"),
+    ("--batch-size=1.5", "argument --batch-size: invalid whole_number value: '1.5'"),
+    ("--accumulation-steps=0", "argument --accumulation-steps: 0 is not from 1"),
+    ("--rows=0", "argument --rows: 0 is not from 1"),
+    ("--rows=2147483648", "argument --rows: 2147483648 is not from 1 to 2147483647"),
+    ("--epochs=0", "argument --epochs: 0 is not from 1"),
+    ("--hidden=-1", "argument --hidden: -1 is not from 0"),
+    ("--seed=-1", "argument --seed: -1 is not from 0"),
+    ("--log-every=-1", "argument --log-every: -1 is not from 0"),
+    ("--lr=0", "argument --lr: 0 is not above 0"),
+    ("--lr=nan", "argument --lr: nan is not above 0"),
+    ("--lr=inf", "argument --lr: inf is not above 0"),
+    ("--lr=x", "argument --lr: invalid learning_rate value: 'x'"),
+    ("--batch=4", "unrecognized arguments: --batch=4"),
+    ("--data=", "a file needs a name"),
+    ("--checkpoint=", "a file needs a name"),
+    ("--data=table.csv --rows=9", "argument --rows: not allowed with argument --data"),
+    ("--device=tpu", "argument --device: tpu is not here"),
+    ("--device=cuda:99", "argument --device: cuda:99 is not here"),
+    ("--checkpoint=missing/run.pt", "a folder that can be written to is needed"),
+    ("--checkpoint=.", "(IsADirectoryError)"),
+    ("--lr=1e30", "error: epoch 1: a weight is not finite; try a lower --lr"),
+]
+
+
+@parametrize("flags, said", FLAGS)
+def test_a_wrong_flag_is_refused(refused, tmp_path, monkeypatch, flags, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(train_accum, *flags.split())
+    assert os.listdir() == []
+
+
+def test_only_train_accum_has_accumulation_steps(refused):
+    for script in (train_basic, train_manual):
+        assert "unrecognized arguments" in refused(script, "--accumulation-steps=2")
+
+
+def test_help_begins_with_the_commands_to_run(capsys):
+    for script in SCRIPTS:
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
+        assert f"\n    python {script.__name__}.py\n" in capsys.readouterr().out
+
+
+@posix
+@parametrize("name", ["SIGINT", "SIGPIPE"])
+def test_lines_come_at_once_and_signals_end_a_program_in_silence(tmp_path, name):
+    process = start(tmp_path, sys.executable, train_manual.__file__, "--epochs=99999")
+    assert " rows, " in process.stdout.readline()
+    if name == "SIGINT":
+        process.send_signal(signal.SIGINT)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(HANG) == -getattr(signal, name)
+    process.stderr.close()
+
+
+@each_script
+def test_main_runs_in_a_thread_with_another_stdout(script):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        thread = threading.Thread(target=script.main, args=[["--log-every=0"]])
+        thread.start()
+        thread.join()
+    assert "Loss of all rows: 0.0" in out.getvalue()
+
+
+# ---- edits, as users make them in a copy
+MODEL = "common.make_model(X.shape[1], args.hidden)"
+NORM = "torch.nn.Sequential(torch.nn.LayerNorm(10), torch.nn.Linear(10, 1))"
+DROPOUT = "torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(10, 1))"
+FROZEN = "torch.nn.Sequential(torch.nn.BatchNorm1d(10).eval(), torch.nn.Linear(10, 1))"
+OPTIMIZER = "torch.optim.SGD(model.parameters(), lr=args.lr)"
+ADAMW = "torch.optim.AdamW(model.parameters(), lr=args.lr)"
+PARTS = '    parts = {"model": model, "optimizer": optimizer}'
+STEP = "            optimizer.step()\n"
+
+
+def with_schedule(schedule, change=""):
+    """Return the edits that add a schedule, and what `change` does before each step."""
+    return [
+        (PARTS, f"    scheduler = torch.optim.lr_scheduler.{schedule}\n{PARTS}"),
+        (PARTS, PARTS.replace("}", ', "scheduler": scheduler}')),
+        (STEP, f"{change}{STEP}            scheduler.step()\n"),
+    ]
+
+
+def resumed_is_whole(run, folder, script, flags=()):
+    """Check that stopping after two of four epochs changes no bit; return weights."""
+    whole, halves = folder / "whole.pt", folder / "halves.pt"
+    whole.unlink(missing_ok=True)
+    halves.unlink(missing_ok=True)
+    lines = run(script, "--epochs=4", "--checkpoint", whole, *flags)
+    run(script, "--epochs=2", "--checkpoint", halves, *flags)
+    last_lines = run(script, "--epochs=4", "--checkpoint", halves, *flags)
+    assert last_lines[1:-1] == lines[1 - len(last_lines) : -1]
+    assert_equal(file_weights(halves), file_weights(whole))
+    return file_weights(whole)
+
+
+def test_all_of_ones_own_takes_the_same_steps_and_goes_on(run, tmp_path):
+    clip = "            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)\n"
+    own = [(MODEL, NORM), (OPTIMIZER, ADAMW)]
+    own += with_schedule("CosineAnnealingLR(optimizer, T_max=132)", clip)
+    weights = [
+        resumed_is_whole(run, tmp_path, edited(script, *own), flags)
+        for script, flags in (
+            (train_basic, ["--rows=1037"]),
+            (train_accum, ["--rows=1037"]),
+            (train_manual, ["--rows=1037", "--batch-size=32"]),
+        )
+    ]
+    assert_equal(weights[2], weights[0])
+    assert_close(weights[1], weights[0], 1e-5)
+
+
+@each_script
+def test_dropout_draws_the_same_masks_after_going_on(run, tmp_path, script):
+    resumed_is_whole(run, tmp_path, edited(script, (MODEL, DROPOUT)))
+
+
+@each_script
+def test_a_frozen_layer_stays_frozen(run, tmp_path, script):
+    file = tmp_path / "run.pt"
+    run(edited(script, (MODEL, FROZEN)), "--checkpoint", file)
+    state = torch.load(file)["model"]
+    assert_equal(state["0.running_mean"].numpy(), np.zeros(10))
+    assert_equal(state["0.num_batches_tracked"].item(), 0)
+
+
+def test_without_the_marked_lines_it_is_a_script_for_one_process(judged):
+    text = pathlib.Path(train_accum.__file__).read_text(encoding="utf-8")
+    marked = [line for line in text.splitlines() if "# processes" in line]
+    script = edited(train_accum, *((f"{line}\n", "") for line in marked))
+    judged(script, rows=1037)
+    assert not {"rank", "world_size"} & set(script.main.__code__.co_varnames)
+    assert not hasattr(script, "DistributedDataParallel")
+
+
+def test_classes_take_one_line_each_for_data_model_and_loss(run, tmp_path):
+    images = "torch.randn(77, 1, 4, 4, generator=torch.Generator().manual_seed(0))"
+    edits = [
+        ("common.get_data(args)", f"{images}, torch.arange(77) % 5, {{'checksum': 1}}"),
+        (MODEL, "torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 5))"),
+        ("F.mse_loss", "F.cross_entropy"),
+    ]
+    weights = {}
+    for script in (train_basic, train_accum):
+        file = tmp_path / f"{script.__name__}.pt"
+        last = run(edited(script, *edits), "--checkpoint", file)[-1]
+        weights[script] = file_weights(file)
+    state = torch.load(file)["model"]
+    outputs = eval(images).flatten(1) @ state["1.weight"].T + state["1.bias"]
+    loss = F.cross_entropy(outputs, torch.arange(77) % 5)
+    assert_close(read_last(last), loss, 1e-5)
+    assert_close(weights[train_accum], weights[train_basic], 1e-5)
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Random inputs, drawn by a DataLoader's workers."""
+
+    def __getitem__(self, rows):
+        return torch.rand(len(rows), 10), torch.zeros(len(rows), 1)
+
+
+@posix
+def test_workers_draw_other_numbers_in_each_epoch_and_the_same_after_going_on(
+    run, tmp_path
+):
+    loader = "TensorDataset(X, y), batch_size=None"
+    script = edited(
+        train_basic,
+        (loader, "Numbers(), num_workers=1, batch_size=None"),
+        (STEP, f"{STEP}            print(inputs.sum())\n"),
+    )
+    script.Numbers = Numbers
+    resumed_is_whole(run, tmp_path, script, ["--rows=32"])
+    numbers = run(script, "--rows=32", "--log-every=0")[1:-1]
+    assert len(set(numbers)) == 10  # as many as epochs
+
+
+# ---- checkpoint
+def contents(folder):
+    """Return the bytes of all files in a folder."""
+    return {file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()}
+
+
+@posix
+def test_after_a_kill_the_same_command_goes_on(run, tmp_path):
+    file = tmp_path / "run.pt"
+    flags = ["--rows=100", f"--checkpoint={file}"]
+    process = start(
+        tmp_path, sys.executable, train_accum.__file__, "--epochs=99999", *flags
+    )
+    while not file.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    done = torch.load(file)["epoch"]
+    lines = run(train_accum, f"--epochs={done + 2}", *flags)
+    sizes = {"batch_size": 8, "accumulation_steps": 4}
+    compare(lines, file, make_table(100), epochs=done + 2, done=done, **sizes)
+
+
+def test_a_file_is_replaced_once_it_is_whole_on_the_disk(run, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    file, old, link = (tmp_path / name for name in ("real/run.pt", "old", "link.pt"))
+    link.symlink_to(file)
+    run(train_basic, "--epochs=1", "--checkpoint", link)
+    before = file.read_bytes()
+    os.link(file, old)  # the same bytes, for as long as none is written into them
+    sizes = []
+
+    def fsync(descriptor):
+        assert file.read_bytes() == before
+        sizes.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run(train_basic, "--epochs=2", "--checkpoint", link)
+    assert sizes == [file.stat().st_size]
+    assert old.read_bytes() == before != file.read_bytes()
+    assert link.is_symlink()
+    assert os.listdir(tmp_path / "real") == ["run.pt"]
+
+
+@parametrize("first", [True, False])
+@posix
+def test_a_full_disk_is_told_and_leaves_what_was_there(refused, run, tmp_path, first):
+    resource = pytest.importorskip("resource")
+    file = tmp_path / "run.pt"
+    if not first:
+        run(train_basic, "--epochs=1", "--checkpoint", file)
+    before = contents(tmp_path)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        error = refused(train_basic, "--epochs=2", "--checkpoint", file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert f"run.pt: epoch {1 if first else 2} is not saved: [Errno 27]" in error
+    assert contents(tmp_path) == before
+
+
+def test_two_runs_on_one_file_do_not_share_a_temporary_one(run, tmp_path, monkeypatch):
+    file = tmp_path / "run.pt"
+    weights = []
+
+    def run_another(descriptor):
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        run(train_basic, "--epochs=1", "--checkpoint", file)
+        weights.append(file_weights(file))
+
+    monkeypatch.setattr(os, "fsync", run_another)
+    run(train_basic, "--epochs=1", "--checkpoint", file)
+    assert_equal(file_weights(file), weights[0])
+    assert os.listdir(tmp_path) == ["run.pt"]
+
+
+def test_every_weight_has_to_be_finite(tmp_path):
+    parts = {"model": nn.Linear(1, 1)}
+    args = types.SimpleNamespace(checkpoint=tmp_path / "run.pt")
+    weight, bias = parts["model"].parameters()
+    weight.data.fill_(3e38)  # its square overflows
+    common.save_checkpoint(args, "", {}, 1, parts)
+    bias.data.fill_(torch.nan)
+    with pytest.raises(SystemExit, match="epoch 2: a weight is not finite"):
+        common.save_checkpoint(args, "", {}, 2, parts)
+    assert torch.load(args.checkpoint)["epoch"] == 1
+
+
+GROUPS = """torch.optim.SGD(
+        [{"params": model.weight}, {"params": model.bias, "lr": 0.5}], lr=args.lr
+    )"""
+COSINE = with_schedule("CosineAnnealingLR(optimizer, T_max=args.epochs)")
+FREEZE = [(PARTS, f"    model.bias.requires_grad = False\n{PARTS}")]
+EVAL = [(PARTS, f"    model.eval()\n{PARTS}")]
+MOMENTUM = [("args.lr)", "args.lr, momentum=0.9)")]
+CHANGES = [  # edits and flags of the second run, and what is told of the first
+    param([], "--lr=0.1", "-'lr': 0.01,", "+'lr': 0.1,", id="rate"),
+    param([], "--seed=1", "-'seed': 0,", "+'seed': 1,", id="seed"),
+    param([], "--rows=999", "-{'data': '1000 ro", "+{'data': '999 ro", id="data"),
+    param([], "--hidden=4", "-'model': ['Linear", "+'  (1): ReLU()", id="model"),
+    param(
+        [], "--batch-size=9", "-'rows per step': 32", "+'rows per step': 9", id="step"
+    ),
+    param([(OPTIMIZER, ADAMW)], "", "'class': 'SGD',", "'class': 'AdamW',", id="AdamW"),
+    param([(OPTIMIZER, GROUPS)], "", "-'params': [0, 1]", "+'lr': 0.5,", id="groups"),
+    param(MOMENTUM, "", "-'momentum': 0,", "+'momentum': 0.9,", id="momentum"),
+    param(FREEZE, "", "{'bias': (1,), 'weight'", "{'weight': (1, 10)}", id="freeze"),
+    param(EVAL, "", "'in eval()': [],", "'in eval()': [''],", id="eval"),
+    param(
+        COSINE, "", "+'initial_lr': 0.01,", "+'scheduler': {'T_max': 10,", id="cosine"
+    ),
+]
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """Let it be an error to load anything into a model, optimizer or schedule."""
+    monkeypatch.delattr(nn.Module, "load_state_dict")
+    monkeypatch.delattr(torch.optim.Optimizer, "load_state_dict")
+
+
+@parametrize("edits, flags, old, new", CHANGES)
+def test_each_change_of_a_setting_is_told_and_refused(
+    run, refused, nothing_loads, tmp_path, edits, flags, old, new
+):
+    file = f"--checkpoint={tmp_path / 'run.pt'}"
+    run(train_basic, file)
+    before = contents(tmp_path)
+    error = refused(edited(train_basic, *edits), file, *flags.split())
+    told = re.sub("(?m)^([-+]) *", r"\1", error)
+    assert "its settings (-) are not those of this run (+)" in error
+    assert old in told
+    assert new in told
+    assert contents(tmp_path) == before
+    if edits:  # and the other way round
+        run(edited(train_basic, *edits), f"{file}.edited")
+        assert "(-) are not" in refused(train_basic, f"{file}.edited")
+
+
+def test_a_schedule_made_for_fewer_epochs_is_refused(run, refused, tmp_path):
+    file = f"--checkpoint={tmp_path / 'run.pt'}"
+    script = edited(train_basic, *COSINE)
+    run(script, file)
+    error = refused(script, file, "--epochs=20")
+    assert re.search(r"\n-.*'T_max': 10,\n\+.*'T_max': 20,$", error)
+
+
+def test_fewer_epochs_than_are_done_are_refused(run, refused, tmp_path):
+    file = f"--checkpoint={tmp_path / 'run.pt'}"
+    run(train_basic, file)
+    assert "run.pt: 10 epochs are done; raise --epochs" in refused(
+        train_basic, file, "--epochs=9"
+    )
+
+
+@parametrize(
+    "other", [TABLE * 1024, TABLE[::-1], np.c_[TABLE[:, :-1], TABLE[::-1, -1:]]]
+)
+def test_other_numbers_in_the_data_are_refused(run, refused, tmp_path, other):
+    data = tmp_path / "table.npy"
+    flags = [f"--data={data}", f"--checkpoint={tmp_path / 'run.pt'}"]
+    np.save(data, TABLE)
+    run(train_basic, *flags)
+    np.save(data, other)
+    assert "+{'data': '40 rows, crc32 " in refused(train_basic, *flags)
+
+
+NUMPY_NUMBERS = [
+    [("lr=args.lr", "lr=np.float64(args.lr)")],
+    with_schedule("LambdaLR(optimizer, np.cos)"),
+]
+
+
+@parametrize("edits", NUMPY_NUMBERS)
+def test_numbers_of_numpy_are_refused_at_the_first_save(refused, tmp_path, edits):
+    script = edited(
+        train_basic, ("import time\n", "import numpy as np\nimport time\n"), *edits
+    )
+    error = refused(script, "--checkpoint", tmp_path / "run.pt")
+    assert (
+        "epoch 1 is not saved: torch.load would refuse it; put float() around" in error
+    )
+    assert os.listdir(tmp_path) == []
+
+
+class Code:
+    def __reduce__(self):
+        return open, ("opened", "w")  # a pickle may do this when it is loaded
+
+
+FOREIGN = [
+    param(torch.ones(3), "(TypeError)", id="tensor"),
+    param({"weights": 1}, "(KeyError)", id="no settings"),
+    param(
+        {"settings": {"seed": 0}, "epoch": 1},
+        "(AttributeError)",
+        id="another program's",
+    ),
+    param(Code(), "(UnpicklingError)", id="code"),
+]
+
+
+@parametrize("content, said", FOREIGN)
+def test_a_foreign_file_is_refused_and_kept(
+    refused, tmp_path, monkeypatch, content, said
+):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "run.pt")
+    before = contents(tmp_path)
+    error = refused(train_basic, "--checkpoint=run.pt")
+    assert "run.pt: damaged, or of another program" in error
+    assert said in error
+    assert "weights_only" not in error
+    assert contents(tmp_path) == before
+
+
+def test_a_damaged_checkpoint_is_refused(run, refused, tmp_path):
+    file = tmp_path / "run.pt"
+    run(train_basic, "--checkpoint", file)
+    whole = file.read_bytes()
+    weight = torch.load(file)["model"]["weight"].numpy().tobytes()
+    for content in (b"", whole[:-9], whole.replace(weight, bytes(40))):
+        file.write_bytes(content)
+        error = refused(train_basic, "--checkpoint", file)
+        assert "run.pt: damaged, or of another program" in error
+
+
+# ---- device and processes
+DEVICES = [  # accelerators, processes, --device, what the second process gets
+    (0, 1, "auto", "cpu"),
+    (1, 1, "auto", "cuda:0"),
+    (1, 1, "cpu", "cpu"),
+    (1, 2, "auto", "cpu"),
+    (2, 2, "auto", "cuda:1"),
+    (2, 2, "cuda", "cuda:1"),
+    (2, 1, "cuda:1", "cuda:1"),
+]
+
+
+@pytest.fixture
+def accelerators(monkeypatch):
+    """Return a function that makes believe in so many GPUs and processes."""
+
+    def accelerators(count, processes):
+        monkeypatch.setenv("LOCAL_RANK", "1")  # left over, if there is one process
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for function, value in (
+            ("distributed.is_torchelastic_launched", processes > 1),
+            ("accelerator.device_count", count),
+            (
+                "accelerator.current_accelerator",
+                torch.device("cuda") if count else None,
+            ),
+        ):
+            monkeypatch.setattr(f"torch.{function}", lambda value=value, **_: value)
+
+    return accelerators
+
+
+@parametrize("count, processes, name, device", DEVICES)
+def test_each_process_has_an_accelerator_or_all_have_the_cpu(
+    accelerators, count, processes, name, device
+):
+    accelerators(count, processes)
+    assert common.pick_device(name) == torch.device(device)
+
+
+@parametrize("count, seen", [(0, "no GPU, only cpu"), (2, "cpu, cuda:0, cuda:1")])
+def test_a_missing_device_is_told_with_those_that_are_here(
+    accelerators, refused, count, seen
+):
+    accelerators(count, 1)
+    error = refused(train_basic, "--device=cuda:7")
+    assert f"cuda:7 is not here; torch {torch.__version__} sees {seen}\n" in error
+
+
+def test_scripts_for_one_process_refuse_several(accelerators, refused):
+    accelerators(0, 2)
+    for script in (train_basic, train_manual):
+        assert "train_accum.py is for several" in refused(script)
+
+
+def test_processes_with_other_flags_or_settings_are_refused(
+    refused, monkeypatch, tmp_path
+):
+    def gather(everyone, mine):
+        everyone[:] = [
+            mine,
+            mine.replace("0.01", "0.5").replace("'epochs': 10", "'epochs': 9"),
+        ]
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    error = refused(train_accum, "--checkpoint", tmp_path / "run.pt")
+    assert "error: process 0 (-) and process 1 (+) differ:" in error
+    told = re.sub("(?m)^([-+]) *", r"\1", error)
+    for line in ("-'epochs': 10,", "+'epochs': 9,", "-'lr': 0.01,", "+'lr': 0.5,"):
+        assert line in told
+    assert os.listdir(tmp_path) == []
+
+
+def worker():
+    """Run train_accum.py as one process of several, and write down what it did.
+
+    If it may restart, process 1 kills itself once, in its 40th step.
+    """
+    rank = os.environ["RANK"]
+    may_die = (
+        os.environ["TORCHELASTIC_RESTART_COUNT"]
+        < os.environ["TORCHELASTIC_MAX_RESTARTS"]
+    )
+    reductions = []
+    seeds = []
+
+    def reduce(_, bucket):
+        reductions.append(bucket.index())
+        if may_die and rank == "1" and len(reductions) == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return allreduce_hook(None, bucket)
+
+    def watched(model):
+        model = DistributedDataParallel(model)
+        model.register_comm_hook(None, reduce)
+        model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+        return model
+
+    train_accum.DistributedDataParallel = watched
+    common.init_program()
+    train_accum.main()
+    torch.save({"seeds": set(seeds), "reductions": len(reductions)}, f"facts{rank}.pt")
+
+
+def torchrun(folder, *flags):
+    """Start processes that run worker()."""
+    program = [sys.executable, "-m", "torch.distributed.run"]
+    return start(folder, *program, *flags, "--device=cpu", "--checkpoint=run.pt")
+
+
+@posix
+def test_a_killed_process_costs_its_epoch_at_most(tmp_path):
+    process = torchrun(
+        tmp_path,
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+        __file__,
+        "--rows=1037",
+        "--epochs=3",
+    )
+    lines = finish(process)
+    restart = [" rows, " in line for line in lines].index(True, 1)
+    sizes = {"batch_size": 8, "accumulation_steps": 4, "epochs": 3, "processes": 2}
+    file = tmp_path / "run.pt"
+    compare(lines[restart:], file, make_table(1037), done=1, **sizes)
+    steps = [read_step(line) for line in lines[1:restart]]
+    _, expected, _ = train_in_numpy(make_table(1037), 32, 3, 0.01, 0)
+    assert 33 <= len(steps) <= 40
+    assert_close(steps, expected[: len(steps)], 2e-5)
+    zero, one = (torch.load(tmp_path / f"facts{rank}.pt") for rank in (0, 1))
+    assert zero["reductions"] == one["reductions"] == 66  # one a step
+    assert len(zero["seeds"] | one["seeds"]) == 4  # other masks of dropout
+
+
+@posix
+def test_two_machines_go_on_from_the_file_of_the_first(run, tmp_path):
+    """A micro-batch has a single row, so one of the shares is empty."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ["--rows=33", "--batch-size=1"]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    file = tmp_path / "first" / "run.pt"
+    run(train_accum, "--epochs=1", f"--checkpoint={file}", *flags)
+    machines = [
+        torchrun(
+            folder,
+            "--nnodes=2",
+            f"--master-port={port}",
+            f"--node-rank={rank}",
+            __file__,
+            "--epochs=3",
+            *flags,
+        )
+        for rank, folder in enumerate(folders)
+    ]
+    lines, nothing = map(finish, machines)
+    sizes = {"batch_size": 1, "accumulation_steps": 4, "epochs": 3, "processes": 2}
+    compare(lines, file, make_table(33), done=1, **sizes)
+    assert nothing == []
+    assert os.listdir(tmp_path / "second") == ["facts1.pt"]
+
+
+if __name__ == "__main__":
+    worker()
