@@ -455,13 +455,15 @@ def print_start(args, rows, first_epoch):
 def print_end(args, parts, X, y, loss_fn, start):
     """Print a run's last line: loss of all rows, time since `start`, peak memory.
 
-    `loss_fn` is called as loss_fn(outputs, y), on the CPU. `start` is a time of
-    time.perf_counter(), in seconds.
+    `loss_fn(outputs, targets)` is a mean over targets.numel() targets. `start` is a
+    time of time.perf_counter(), in seconds.
     """
     seconds = time.perf_counter() - start
     model = parts["model"].eval()
-    outputs = [model(x.to(args.device)).cpu() for x in X.split(args.batch_size)]
-    loss = loss_fn(torch.cat(outputs), y)
+    loss = 0.0
+    for inputs, targets in zip(X.split(args.batch_size), y.split(args.batch_size)):
+        inputs, targets = inputs.to(args.device), targets.to(args.device)
+        loss += loss_fn(model(inputs), targets).item() * targets.numel() / y.numel()
     print(
         f"Loss of all rows: {loss:.6f}, {seconds:.3f} s, "
         f"peak memory {peak_memory(args.device)}"
