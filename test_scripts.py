@@ -11,6 +11,7 @@ import io
 import os
 import pathlib
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -281,7 +282,7 @@ SHIFTED = np.random.default_rng(0).integers(-99, 99, (40, 4)) * [2**14, 1e-9, 0,
 TABLE = SHIFTED + OFFSETS
 
 
-def write_spreadsheet(file, **style):
+def write_spreadsheet(file):
     """Write the table as a spreadsheet does: marked as UTF-8, names, \\r\\n."""
     style = {"header": '"a, b",2020_1,,"y"', "comments": "", "newline": "\r\n\r\n"}
     np.savetxt(file, TABLE, "%.17g", ",", encoding="utf-8-sig", **style)
@@ -958,6 +959,102 @@ def test_two_machines_go_on_from_the_file_of_the_first(run, tmp_path):
     compare(lines, file, make_table(33), done=1, **sizes)
     assert nothing == []
     assert os.listdir(tmp_path / "second") == ["facts1.pt"]
+
+
+# ---- README
+README = pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+INTRODUCTION, *SECTIONS = README.split("\n## ")
+BLOCK = re.compile(r"^```(python|sh|diff)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+[(_, LOOP)] = BLOCK.findall(INTRODUCTION)
+DIFFS = [block for kind, block in BLOCK.findall(README) if kind == "diff"]
+TITLES = [section.partition("\n")[0] for section in SECTIONS if BLOCK.search(section)]
+
+N_TARGETS = "sum(targets.numel() for _, targets in micro_batches)"
+LABELS = "y = torch.arange(1001) % 5"
+CLASSES = [
+    ("F.mse_loss", "F.cross_entropy"),
+    ("torch.nn.Linear(10, 1)", "torch.nn.Linear(10, 5)"),
+]
+LOOPS = [
+    param([], id="as it is"),
+    param([("F.mse_loss", "F.l1_loss")], id="another loss"),
+    param([("optimizer = ", f"{LABELS}\noptimizer = "), *CLASSES], id="classes"),
+    param(
+        [
+            ("optimizer = ", f"{LABELS}; y[::3] = -100\noptimizer = "),
+            (N_TARGETS, re.search("# with padding: (.*)", LOOP)[1]),
+            *CLASSES,
+        ],
+        id="padding",
+    ),
+    param(
+        [
+            (
+                "DataLoader(TensorDataset(X, y), batch_size=8, shuffle=True)",
+                "zip(X.split(8), y.split(8))",
+            )
+        ],
+        id="another loader",
+    ),
+]
+
+
+@parametrize("edits", LOOPS)
+def test_the_loop_to_copy_takes_the_steps_of_whole_batches(edits):
+    """Whole batches have the loss function's own mean."""
+    block = LOOP.replace("range(10)", "range(1)")
+    for old, new in edits:
+        assert old in block
+        block = block.replace(old, new)
+    cut, whole = {}, {}
+    exec(block, cut)
+    block = re.sub(
+        r"batch_size=8|split\(8\)", lambda size: size[0].replace("8", "32"), block
+    )
+    block = block.replace("steps = 4", "steps = 1")
+    exec(block.replace(', reduction="sum") / n_targets', ")"), whole)
+    assert_close(cut["model"].weight.detach(), whole["model"].weight.detach(), 1e-5)
+    assert_close(sum(cut["losses"]), sum(whole["losses"]), 1e-5)
+
+
+@parametrize("diff", DIFFS)
+def test_an_edit_of_the_readme_keeps_the_promise(run, tmp_path, diff):
+    edits = []
+    for change in diff.split("@@\n"):
+        lines = change.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        new = "".join(line[1:] for line in lines if line[0] in " +")
+        edits.append((old, new))
+    script = edited(train_accum, *edits)
+    cut, whole = tmp_path / "cut.pt", tmp_path / "whole.pt"
+    run(script, "--checkpoint", cut)
+    run(script, "--checkpoint", whole, "--batch-size=32", "--accumulation-steps=1")
+    tolerance = 1e-2 if "bfloat16" in diff else 1e-5
+    assert_close(file_weights(cut), file_weights(whole), tolerance)
+
+
+@posix
+@parametrize("title", [title for title in TITLES if title not in ("Set-up",)])
+def test_the_commands_and_blocks_of_the_readme_run(run, tmp_path, monkeypatch, title):
+    """Set-up's commands are the tests; .ci/run runs them."""
+    monkeypatch.chdir(tmp_path)
+    section = next(section for section in SECTIONS if section.startswith(title))
+    for kind, block in BLOCK.findall(section):
+        if kind == "python":
+            exec(block, {})
+        for line in block.splitlines() if kind == "sh" else []:
+            program, *words = shlex.split(line)
+            if "-c" in words:
+                exec(words[-1], {})
+            elif program == "python":
+                run(sys.modules[words[0].removesuffix(".py")], *words[1:])
+            else:
+                words[words.index("train_accum.py")] = train_accum.__file__
+                finish(
+                    start(
+                        tmp_path, sys.executable, "-m", "torch.distributed.run", *words
+                    )
+                )
 
 
 if __name__ == "__main__":
