@@ -147,12 +147,22 @@ def assert_close(found, expected, tolerance):
 
 
 # ---- helpers
+# All are given, so that only test_a_script_runs_without_flags depends on a default.
+FLAGS = ["--hidden=0", "--epochs=10", "--lr=0.01", "--seed=0", "--log-every=1"]
+FLAGS += ["--device=cpu"]
+SIZES = {
+    "train_basic": ["--batch-size=32"],
+    "train_accum": ["--batch-size=8", "--accumulation-steps=4"],
+    "train_manual": ["--batch-size=32"],
+}
+
+
 @pytest.fixture
 def run(capsys):
     """Return a function that runs a script's main() here and returns its lines."""
 
     def run(script, *flags):
-        script.main([str(flag) for flag in (*flags, "--device=cpu")])
+        script.main([*FLAGS, *SIZES[script.__name__], *map(str, flags)])
         return capsys.readouterr().out.splitlines()
 
     return run
@@ -229,10 +239,10 @@ def finish(process):
 
 
 # ---- the promise
-SIZES = [(train_basic, 32, 1), (train_accum, 8, 4), (train_manual, 16, 1)]
+DEFAULTS = [(train_basic, 32, 1), (train_accum, 8, 4), (train_manual, 16, 1)]
 
 
-@parametrize("script, batch_size, accumulation_steps", SIZES)
+@parametrize("script, batch_size, accumulation_steps", DEFAULTS)
 def test_a_script_runs_without_flags(script, batch_size, accumulation_steps, tmp_path):
     process = start(tmp_path, sys.executable, script.__file__)
     lines = finish(process)
@@ -372,7 +382,7 @@ def test_a_file_of_another_kind_than_its_name_is_refused(refused, tmp_path, name
 
 
 # ---- flags and messages
-FLAGS = [
+WRONG_FLAGS = [
     ("--batch-size=0", "argument --batch-size: 0 is not from 1 to 2147483647"),
     ("--batch-size=1.5", "argument --batch-size: invalid whole_number value: '1.5'"),
     ("--accumulation-steps=0", "argument --accumulation-steps: 0 is not from 1"),
@@ -398,7 +408,7 @@ FLAGS = [
 ]
 
 
-@parametrize("flags, said", FLAGS)
+@parametrize("flags, said", WRONG_FLAGS)
 def test_a_wrong_flag_is_refused(refused, tmp_path, monkeypatch, flags, said):
     monkeypatch.chdir(tmp_path)
     assert said in refused(train_accum, *flags.split())
@@ -411,9 +421,9 @@ def test_only_train_accum_has_accumulation_steps(refused):
 
 
 @posix
-@parametrize("name", ["SIGINT", "SIGPIPE"])
-def test_lines_come_at_once_and_signals_end_a_program_in_silence(tmp_path, name):
-    process = start(tmp_path, sys.executable, train_manual.__file__, "--epochs=99999")
+@parametrize("script, name", list(zip(SCRIPTS, ["SIGINT", "SIGPIPE", "SIGINT"])))
+def test_lines_come_at_once_and_signals_end_a_program(tmp_path, script, name):
+    process = start(tmp_path, sys.executable, script.__file__, "--epochs=99999")
     assert " rows, " in process.stdout.readline()
     if name == "SIGINT":
         process.send_signal(signal.SIGINT)
@@ -481,12 +491,8 @@ def test_all_of_ones_own_takes_the_same_steps_and_goes_on(run, tmp_path):
     own = [(MODEL, NORM), (OPTIMIZER, ADAMW)]
     own += with_schedule("CosineAnnealingLR(optimizer, T_max=132)", clip)
     basic, accum, manual = (
-        resumed_is_whole(run, tmp_path, edited(script, *own), "--rows=1037", *flags)[0]
-        for script, *flags in (
-            [train_basic],
-            [train_accum],
-            [train_manual, "--batch-size=32"],
-        )
+        resumed_is_whole(run, tmp_path, edited(script, *own), "--rows=1037")[0]
+        for script in SCRIPTS
     )
     assert_equal(manual, basic)
     assert_close(accum, basic, 1e-5)
@@ -576,9 +582,8 @@ def contents(folder):
 def test_after_a_kill_the_same_command_goes_on(run, tmp_path):
     file = tmp_path / "run.pt"
     flags = ["--rows=100", f"--checkpoint={file}"]
-    process = start(
-        tmp_path, sys.executable, train_accum.__file__, "--epochs=99999", *flags
-    )
+    endless = [*FLAGS, *SIZES["train_accum"], *flags, "--epochs=99999"]
+    process = start(tmp_path, sys.executable, train_accum.__file__, *endless)
     while not file.exists() and process.poll() is None:
         time.sleep(0.05)
     process.kill()
@@ -888,7 +893,7 @@ def worker():
 def torchrun(folder, options, flags):
     """Start processes that run worker()."""
     program = [sys.executable, "-m", "torch.distributed.run", *options.split()]
-    flags = [*flags.split(), "--device=cpu", "--checkpoint=run.pt"]
+    flags = [*FLAGS, *SIZES["train_accum"], *flags.split(), "--checkpoint=run.pt"]
     return start(folder, *program, __file__, *flags)
 
 
