@@ -69,8 +69,6 @@ def get_data(args):
     first = table[0].clone()
     table -= first
     std, mean = torch.std_mean(table, dim=0, correction=0)
-    if args.data is not None and std[-1] == 0:
-        sys.exit(f"error: --data {args.data}: the target is the same in all rows")
     std[std == 0] = 1  # a constant column becomes zeros
     X, y = table.sub_(mean).div_(std).float().tensor_split([-1], dim=1)
     return X, y, {"mean": mean + first, "std": std, "checksum": checksum}
@@ -89,22 +87,22 @@ def read_table(path):
             table = read_csv(path)
         # Complex numbers, dates and texts are of another kind.
         table = table.astype(float, order="C", casting="same_kind", copy=False)
+        if table.ndim != 2 or len(table) == 0 or table.shape[1] < 2:
+            raise ValueError(f"an array of shape {table.shape} is no table")
+        for row, column in np.argwhere(~np.isfinite(table)):
+            number = table[row, column]
+            raise ValueError(
+                f"row {row + 1}, column {column + 1}: {number} is not finite"
+            )
+        if np.ptp(table[:, -1]) == 0:
+            raise ValueError("the target is the same in all rows")
     except OSError as error:
         sys.exit(f"error: --data {path}: {error}")
     except Exception as error:  # a foreign file: numpy raises a dozen kinds
         sys.exit(
             f"error: --data {path}: {error}; needed: a .npy of numbers, or a .csv "
-            "in UTF-8, with commas between its columns and points in its numbers"
-        )
-    if table.ndim != 2 or len(table) == 0 or table.shape[1] < 2:
-        sys.exit(
-            f"error: --data {path}: an array of shape {table.shape} is no table of "
-            "rows with inputs and, in the last column, a target"
-        )
-    for row, column in np.argwhere(~np.isfinite(table))[:1]:
-        sys.exit(
-            f"error: --data {path}: row {row + 1}, column {column + 1}: "
-            f"{table[row, column]} is not a finite number"
+            "in UTF-8, with commas between its columns and points in its numbers; "
+            "the target in the last column"
         )
     return table
 
