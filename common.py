@@ -345,8 +345,7 @@ def save_checkpoint(args, settings, source, epochs, parts):
     temporary = pathlib.Path(f"{path}.{os.getpid()}.tmp")  # two runs do not share it
     try:
         with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
+            torch.save(state, file)  # and flush
             os.fsync(file.fileno())
         torch.load(temporary, map_location="meta", weights_only=True)  # reads no weight
         temporary.replace(path)
@@ -357,8 +356,9 @@ def save_checkpoint(args, settings, source, epochs, parts):
             "and the schedule"
         )
     except (OSError, RuntimeError) as error:  # torch's stands around the system's
-        reason = error.__context__ or error
-        sys.exit(f"error: --checkpoint {path}: epoch {epochs} is not saved: {reason}")
+        if isinstance(error.__context__, OSError):
+            error = error.__context__
+        sys.exit(f"error: --checkpoint {path}: epoch {epochs} is not saved: {error}")
     finally:
         temporary.unlink(missing_ok=True)
 
