@@ -296,7 +296,7 @@ TABLE = SHIFTED + OFFSETS
 def write_spreadsheet(file):
     """Write the table as a spreadsheet does: marked as UTF-8, names, \\r\\n."""
     style = {"header": '"a, b",2020_1,,"y"', "comments": "", "newline": "\r\n\r\n"}
-    np.savetxt(file, TABLE, "%.17g", ",", encoding="utf-8-sig", **style)
+    np.savetxt(file, TABLE, '"%.17g"', ",", encoding="utf-8-sig", **style)
 
 
 @parametrize("name", ["a.csv", "a.csv.gz", "a.csv.bz2", "a.csv.xz", "a.npy", "A.NPY"])
