@@ -15,7 +15,9 @@ import os
 import pathlib
 import pickle
 import pprint
+import random
 import re
+import secrets
 import signal
 import sys
 import time
@@ -30,6 +32,7 @@ import torch.distributed as dist
 # threads would outlive it, and some processes would abort when they end.
 import torch.distributed.nn.functional
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 
 # ---- model and data
@@ -69,6 +72,8 @@ def get_data(args):
     first = table[0].clone()
     table -= first
     std, mean = torch.std_mean(table, dim=0, correction=0)
+    if args.data is not None and std[-1] == 0:
+        sys.exit(f"error: --data {args.data}: the target is the same in all rows")
     std[std == 0] = 1  # a constant column becomes zeros
     X, y = table.sub_(mean).div_(std).float().tensor_split([-1], dim=1)
     return X, y, {"mean": mean + first, "std": std, "checksum": checksum}
@@ -89,13 +94,10 @@ def read_table(path):
         table = table.astype(float, order="C", casting="same_kind", copy=False)
         if table.ndim != 2 or len(table) == 0 or table.shape[1] < 2:
             raise ValueError(f"an array of shape {table.shape} is no table")
-        for row, column in np.argwhere(~np.isfinite(table)):
-            number = table[row, column]
-            raise ValueError(
-                f"row {row + 1}, column {column + 1}: {number} is not finite"
-            )
-        if np.ptp(table[:, -1]) == 0:
-            raise ValueError("the target is the same in all rows")
+        # The sums of the squares of larger numbers could overflow.
+        for row, column in np.argwhere(~(np.abs(table) < 1e150)):
+            place = f"row {row + 1}, column {column + 1}"
+            raise ValueError(f"{place}: {table[row, column]} is not below 1e150")
     except OSError as error:
         sys.exit(f"error: --data {path}: {error}")
     except Exception as error:  # a foreign file: numpy raises a dozen kinds
@@ -157,12 +159,14 @@ def is_number(text):
 
 
 def seed_epoch(seed, epoch):
-    """Seed torch for an epoch: its order of rows, dropout, a DataLoader's workers.
+    """Seed all random numbers of an epoch: order of rows, dropout, loader's workers.
 
     Neighbouring seeds and epochs share nothing, since numpy mixes both numbers.
     """
-    mixed = np.random.SeedSequence((seed, epoch)).generate_state(1)
-    torch.manual_seed(int(mixed[0]))
+    mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    torch.manual_seed(mixed)
+    np.random.seed(mixed)  # these two for transforms of one's own
+    random.seed(mixed)
 
 
 # ---- device and processes
@@ -247,20 +251,36 @@ def get_settings(args, source, parts):
     `parts` is a dict of "model", "optimizer" and whatever else has a state_dict().
     """
     model = parts["model"]
-    weights = model.named_parameters()
+    names = {weight: name for name, weight in model.named_parameters()}
     modules = model.named_modules()
     settings = {
         "data": source["checksum"],
         "seed": args.seed,
         "rows per step": args.batch_size * args.accumulation_steps,
         "model": str(model).splitlines(),
-        "trained": {name: tuple(w.shape) for name, w in weights if w.requires_grad},
+        "trained": [
+            f"{name} {weight.dtype} {tuple(weight.shape)}"
+            for weight, name in names.items()
+            if weight.requires_grad
+        ],
         "in eval()": [name for name, module in modules if not module.training],
     }
     for name, part in parts.items():
         if name != "model":
-            settings[name] = {"class": type(part).__name__, **part.state_dict()}
+            state = tree_map_only(torch.Tensor, describe, part.state_dict())
+            settings[name] = {"class": type(part).__name__, **state}
+        if isinstance(part, torch.optim.Optimizer):
+            groups = [group["params"] for group in part.param_groups]
+            settings[name]["weights"] = tree_map_only(torch.Tensor, names.get, groups)
     return pprint.pformat(settings)
+
+
+def describe(tensor):
+    """Return the number in a tensor, or in words what tells several from others."""
+    if tensor.numel() == 1:
+        return tensor.item()
+    checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return f"{tensor.dtype} {tuple(tensor.shape)} crc32 {checksum:08x}"
 
 
 def compare(old, new):
@@ -287,7 +307,7 @@ def load_checkpoint(args, settings, parts):
                     f"error: process 0 (-) and process {rank} (+) differ:\n{changes}"
                 )
     elif dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
-        sys.exit("error: this is for one process; train_accum.py is for several")
+        sys.exit("error: this script is for one process; train_accum.py for several")
     states = [read_checkpoint(args, settings)]
     if several:
         dist.broadcast_object_list(states)
@@ -314,6 +334,8 @@ def read_checkpoint(args, settings):
         changes = compare(state["settings"], settings)
     except FileNotFoundError:
         return {"epoch": 0}
+    except OSError as error:
+        return {"fault": f"{path}: {error.strerror}"}
     except Exception as error:  # a foreign file: zipfile and torch raise a dozen kinds
         damage = type(error).__name__  # torch's text advises to load it unsafely
     if damage:
@@ -342,18 +364,19 @@ def save_checkpoint(args, settings, source, epochs, parts):
     path = os.path.realpath(args.checkpoint)  # a link stays a link
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= source | {"epoch": epochs, "settings": settings}
-    temporary = pathlib.Path(f"{path}.{os.getpid()}.tmp")  # two runs do not share it
+    # Two runs do not share it, not even with equal process numbers in two containers.
+    temporary = pathlib.Path(f"{path}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save(state, file)  # and flush
             os.fsync(file.fileno())
         torch.load(temporary, map_location="meta", weights_only=True)  # reads no weight
         temporary.replace(path)
-    except pickle.UnpicklingError:
+    except (pickle.PickleError, AttributeError, TypeError):
         sys.exit(
             f"error: --checkpoint {path}: epoch {epochs} is not saved: torch.load "
-            "would refuse it; put float() around NumPy's numbers in the optimizer "
-            "and the schedule"
+            "would refuse it. A state_dict() needs tensors, texts, lists, dicts and "
+            "Python's numbers: put float() around NumPy's in optimizer and schedule"
         )
     except (OSError, RuntimeError) as error:  # torch's stands around the system's
         if isinstance(error.__context__, OSError):
