@@ -4,12 +4,15 @@ How a batch becomes an optimizer step is not in here: it is in main() of each sc
 """
 
 import argparse
+import array
 import atexit
+import bz2
 import csv
 import datetime
 import difflib
-import fileinput
+import gzip
 import itertools
+import lzma
 import math
 import os
 import pathlib
@@ -75,7 +78,8 @@ def get_data(args):
     if args.data is not None and std[-1] == 0:
         sys.exit(f"error: --data {args.data}: the target is the same in all rows")
     std[std == 0] = 1  # a constant column becomes zeros
-    X, y = table.sub_(mean).div_(std).float().tensor_split([-1], dim=1)
+    table = table.sub_(mean).div_(std).float()
+    X, y = table[:, :-1], table[:, -1:]
     return X, y, {"mean": mean + first, "std": std, "checksum": checksum}
 
 
@@ -95,7 +99,9 @@ def read_table(path):
         if table.ndim != 2 or len(table) == 0 or table.shape[1] < 2:
             raise ValueError(f"an array of shape {table.shape} is no table")
         # The sums of the squares of larger numbers could overflow.
-        for row, column in np.argwhere(~(np.abs(table) < 1e150)):
+        faults = np.argwhere(~(np.abs(table) < 1e150))
+        if len(faults) > 0:
+            row, column = faults[0]
             place = f"row {row + 1}, column {column + 1}"
             raise ValueError(f"{place}: {table[row, column]} is not below 1e150")
     except OSError as error:
@@ -110,58 +116,50 @@ def read_table(path):
 
 
 def read_csv(path):
-    """Return the numbers in a .csv file, which may be packed (.gz, .bz2, .xz).
+    """Return the numbers in a .csv file, float64 (rows, columns).
 
     A first line without any number is a header. Raises ValueError and OSError.
     """
-
-    def open_text(path, mode):
-        return np.lib.npyio.DataSource().open(path, "rt", encoding="utf-8-sig")
-
-    with fileinput.input(path, openhook=open_text) as file:
-        first = next(file, "")
-        cells = next(csv.reader([first]), [])
-        if not any(cells):
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opener = openers.get(pathlib.Path(path).suffix.lower(), open)
+    numbers = array.array("d")
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        first = next(reader, [])
+        if not any(first):
             raise ValueError("line 1 is empty")
-        header = not any(map(is_number, cells))
-        if header and not cells[0]:
+        header = not any(map(is_number, first))
+        if header and not first[0]:
             raise ValueError(
                 "line 1: column 1 has no name; leave out the names of the rows "
                 "(index=False in pandas, row.names=FALSE in R)"
             )
-        if header:  # a row of as many columns, so that numpy compares their number
-            first = ",".join("0" for cell in cells)
         try:
-            table = np.loadtxt(
-                itertools.chain([first], file),
-                delimiter=",",
-                quotechar='"',
-                comments=None,
-                ndmin=2,
-            )
+            for cells in reader if header else itertools.chain([first], reader):
+                if len(cells) not in (0, len(first)):  # 0: a blank line
+                    raise ValueError(f"{len(cells)} columns, not {len(first)}")
+                numbers.extend(map(float, cells))
         except UnicodeDecodeError:
-            raise  # the file is read ahead of the line
+            raise  # in a block of lines, not in this one
         except ValueError as error:
-            # numpy's number of the row leaves out blank lines
-            fault = re.sub(r" at row \d+(;.*)?|\.$", "", str(error))
-            raise ValueError(f"line {file.lineno()}: {fault}") from None
+            raise ValueError(f"line {reader.line_num}: {error}") from None
     print(f"{path}: line 1 is {'a header' if header else 'a row of numbers'}")
-    return table[1:] if header else table
+    return np.array(numbers).reshape(-1, len(first))
 
 
 def is_number(text):
-    """Say whether numpy reads `text` as a number."""
+    """Say whether `text` is a number."""
     try:
         float(text)
     except ValueError:
         return False
-    return "_" not in text  # 1_000 is a number in Python only
+    return True
 
 
 def seed_epoch(seed, epoch):
     """Seed all random numbers of an epoch: order of rows, dropout, loader's workers.
 
-    Neighbouring seeds and epochs share nothing, since numpy mixes both numbers.
+    SeedSequence mixes the pair, so (0, 1) and (1, 0) share nothing.
     """
     mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
     torch.manual_seed(mixed)
@@ -171,7 +169,7 @@ def seed_epoch(seed, epoch):
 
 # ---- device and processes
 def pick_device(name):
-    """Return the torch.device `name`, for this process of those on this machine.
+    """Return the torch.device `name`, for this process.
 
     "auto" is the accelerator if there is one for each process, else the CPU. Raises
     argparse.ArgumentTypeError if there is no such device.
@@ -179,7 +177,7 @@ def pick_device(name):
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count()
     local_rank, local_world_size = 0, 1
-    if dist.is_torchelastic_launched():  # else the variables may be left over
+    if dist.is_torchelastic_launched():  # else old variables may still be set
         local_rank = int(os.environ["LOCAL_RANK"])
         local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
     if name == "auto" and count < local_world_size:
@@ -206,7 +204,7 @@ def init_process_group(args):
     if args.device.type != "cpu":
         torch.accelerator.set_device_index(args.device.index)
     store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ["GROUP_WORLD_SIZE"] == "1":  # several machines count on their own
+    if os.environ["GROUP_WORLD_SIZE"] == "1":  # each machine counts its restarts
         # torchrun keeps one store. Without a prefix of its own, a restarted process
         # reads addresses from before the restart (pytorch/pytorch#135712).
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -246,7 +244,9 @@ def peak_memory(device):
 
 # ---- checkpoint
 def get_settings(args, source, parts):
-    """Return what decides the training, as a text: call it before the first step.
+    """Return what decides the training, as a text.
+
+    Call it before the first step, while the optimizer's state is still the initial one.
 
     `parts` is a dict of "model", "optimizer" and whatever else has a state_dict().
     """
@@ -286,18 +286,13 @@ def describe(tensor):
 def compare(old, new):
     """Return the lines that differ in two texts, "-" old and "+" new; "" if none do."""
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm="")
-    lines = list(lines)[2:]  # without names of files, and next without numbers of lines
+    lines = list(lines)[2:]  # the first two name the files; "@@" lines have numbers
     return "\n".join(line for line in lines if line[0] in "-+")
 
 
-def load_checkpoint(args, settings, parts):
-    """Load `parts` from the file --checkpoint, if there is one; return the epochs done.
-
-    With several processes, all get what the first one reads. Ends the program, before
-    anything is loaded, if the file does not belong to the run, or a process does not.
-    """
-    several = dist.is_initialized()
-    if several:
+def check_processes(args, settings):
+    """End each process if their flags or settings differ, or if they are not joined."""
+    if dist.is_initialized():
         flags = vars(args) | {"device": None, "data": None, "checkpoint": None}
         texts = [None] * dist.get_world_size()
         dist.all_gather_object(texts, f"{pprint.pformat(flags)}\n{settings}")
@@ -308,8 +303,17 @@ def load_checkpoint(args, settings, parts):
                 )
     elif dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
         sys.exit("error: this script is for one process; train_accum.py for several")
+
+
+def load_checkpoint(args, settings, parts):
+    """Load `parts` from the file --checkpoint, if there is one; return the epochs done.
+
+    With several processes, all get what the first one reads. Ends the program, before
+    anything is loaded, if the file or a process does not belong to the run.
+    """
+    check_processes(args, settings)
     states = [read_checkpoint(args, settings)]
-    if several:
+    if dist.is_initialized():
         dist.broadcast_object_list(states)
     state = states[0]
     if "fault" in state:
@@ -332,6 +336,7 @@ def read_checkpoint(args, settings):
             damage = archive.testzip()  # torch.load takes altered bytes for weights
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         changes = compare(state["settings"], settings)
+        too_many = state["epoch"] > args.epochs
     except FileNotFoundError:
         return {"epoch": 0}
     except OSError as error:
@@ -345,7 +350,7 @@ def read_checkpoint(args, settings):
             "fault": f"{path}: its settings (-) are not those of this run (+); take "
             f"its settings, or another file:\n{changes}"
         }
-    if state["epoch"] > args.epochs:
+    if too_many:
         return {"fault": f"{path}: {state['epoch']} epochs are done; raise --epochs"}
     return state
 
@@ -364,7 +369,7 @@ def save_checkpoint(args, settings, source, epochs, parts):
     path = os.path.realpath(args.checkpoint)  # a link stays a link
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= source | {"epoch": epochs, "settings": settings}
-    # Two runs do not share it, not even with equal process numbers in two containers.
+    # a name of its own, so that two runs on one checkpoint do not share it
     temporary = pathlib.Path(f"{path}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -388,10 +393,9 @@ def save_checkpoint(args, settings, source, epochs, parts):
 
 # ---- command line
 def init_program():
-    """Print lines at once, and let Ctrl-C and `| head` end the program in silence.
-
-    This is not for notebooks, whose output and signals are their own.
-    """
+    """Print lines at once, and let Ctrl-C and `| head` end the program in silence."""
+    if not hasattr(sys.stdout, "reconfigure"):
+        return  # a notebook has its own output and signals
     sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.name == "posix":
@@ -476,8 +480,8 @@ def print_start(args, rows, first_epoch):
 def print_end(args, parts, X, y, loss_fn, start):
     """Print a run's last line: loss of all rows, time since `start`, peak memory.
 
-    `loss_fn(outputs, targets)` is a mean over targets.numel() targets. `start` is a
-    time of time.perf_counter(), in seconds.
+    `loss_fn(outputs, targets)` is a mean over targets.numel() targets. `start` is in
+    seconds, of time.perf_counter().
     """
     seconds = time.perf_counter() - start
     model = parts["model"].eval()

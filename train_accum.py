@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 2 train_accum.py  # processes: two share the work
 
 A step is one optimizer.step(). Here several micro-batches make one step: each adds the
-gradient of its summed loss, divided by the number of targets in all of them together.
-That is the gradient of their mean loss, also if the last one is short.
+gradient of (sum of its losses) / (number of targets in the step). Together that is the
+gradient of the step's mean loss, also if the last micro-batch is short.
 
-All these commands take the same steps, however they are cut.
+These commands all take the same steps.
 For one process, the lines marked "# processes" can be deleted.
 """
 
@@ -41,14 +41,14 @@ def main(argv=None):
         common.seed_epoch(args.seed, epoch)
         batches = torch.randperm(len(X)).split(args.batch_size)
         batches = [batch[rank::world_size] for batch in batches]  # processes: its share
-        if rank > 0:  # processes: other random numbers than the first, in dropout
+        if rank > 0:  # processes: dropout masks of its own
             torch.manual_seed(torch.initial_seed() + rank)  # processes
         # batch_size=None: a whole batch at once, faster than row by row
         loader = iter(DataLoader(TensorDataset(X, y), batch_size=None, sampler=batches))
         step = 0
         while micro_batches := list(islice(loader, args.accumulation_steps)):
             n_targets = sum(targets.numel() for _, targets in micro_batches)
-            # processes: the mean, since DistributedDataParallel averages the gradients
+            # processes: DistributedDataParallel averages gradients: divide by the mean
             n_targets = common.all_reduce_mean(n_targets)  # processes
             losses = []
             optimizer.zero_grad()
