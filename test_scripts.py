@@ -84,7 +84,7 @@ def train_in_numpy(table, rows_per_step, epochs, lr, seed):
     return weights, steps, np.mean((X @ weights - y) ** 2)
 
 
-def compare(
+def judge(
     lines,
     file,
     table,
@@ -189,8 +189,7 @@ def judged(run, tmp_path):
             for name, value in (sizes | options).items()
         ]
         lines = run(script, f"--rows={rows}", f"--checkpoint={file}", *flags)
-        compare(lines, file, make_table(rows), done=done, **sizes, **options)
-        return lines
+        judge(lines, file, make_table(rows), done=done, **sizes, **options)
 
     return judged
 
@@ -251,7 +250,7 @@ def test_a_script_runs_without_flags(script, batch_size, accumulation_steps, tmp
     lines[-1] = lines[-1].replace("of the device", "of the process")
     table = make_table(1000)
     sizes = {"batch_size": batch_size, "accumulation_steps": accumulation_steps}
-    compare(lines, None, table, **sizes)
+    judge(lines, None, table, **sizes)
     assert os.listdir(tmp_path) == []
 
 
@@ -318,14 +317,14 @@ def test_a_file_of_any_form_is_the_same_table(run, tmp_path, name):
     write_spreadsheet(plain)
     lines = run(train_basic, "--data", plain, "--checkpoint", file, "--epochs=1")
     assert lines[0] == f"{plain}: line 1 is a header"
-    compare(lines[1:], file, SHIFTED, batch_size=32, epochs=1)
+    judge(lines[1:], file, SHIFTED, batch_size=32, epochs=1)
     if "csv" in name:
         write_spreadsheet(data)
     else:
         with data.open("wb") as numpy_file:
             np.save(numpy_file, np.asfortranarray(TABLE))
     lines = run(train_basic, "--data", data, "--checkpoint", file, "--epochs=2")
-    compare(lines[-4:], file, SHIFTED, batch_size=32, epochs=2, done=1)
+    judge(lines[-4:], file, SHIFTED, batch_size=32, epochs=2, done=1)
     state = torch.load(file)
     std = SHIFTED.std(axis=0)
     std[2] = 1  # the constant is shifted only
@@ -338,7 +337,7 @@ def test_a_table_without_a_header_keeps_its_first_row(run, tmp_path):
     np.savetxt(data, SHIFTED, delimiter=",")
     remark, *lines = run(train_basic, "--data", data)
     assert remark == f"{data}: line 1 is a row of numbers"
-    compare(lines, None, SHIFTED, batch_size=32)
+    judge(lines, None, SHIFTED, batch_size=32)
 
 
 ONES = np.ones((3, 2))
@@ -504,7 +503,8 @@ def resumed_is_whole(run, folder, script, *flags):
     lines = run(script, "--epochs=4", "--checkpoint", whole, *flags)
     run(script, "--epochs=2", "--checkpoint", halves, *flags)
     more_lines = run(script, "--epochs=4", "--checkpoint", halves, *flags)
-    assert more_lines[1:-1] == lines[1 - len(more_lines) : -1]
+    _, *more_steps, _ = more_lines
+    assert lines[1:-1][len(lines) - len(more_lines) :] == more_steps
     assert_equal(file_weights(halves), file_weights(whole))
     return file_weights(whole), read_last(lines[-1])
 
@@ -614,7 +614,7 @@ def test_after_a_kill_the_same_command_goes_on(run, tmp_path):
     done = torch.load(file)["epoch"]
     lines = run(train_accum, f"--epochs={done + 2}", *flags)
     sizes = {"batch_size": 8, "accumulation_steps": 4}
-    compare(lines, file, make_table(100), epochs=done + 2, done=done, **sizes)
+    judge(lines, file, make_table(100), epochs=done + 2, done=done, **sizes)
 
 
 def test_a_file_is_replaced_once_it_is_whole_on_the_disk(run, tmp_path, monkeypatch):
@@ -633,7 +633,8 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(run, tmp_path, monkeypa
     monkeypatch.setattr(os, "fsync", fsync)
     run(train_basic, "--epochs=2", "--checkpoint", link)
     assert sizes == [file.stat().st_size]
-    assert old.read_bytes() == before != file.read_bytes()
+    assert old.read_bytes() == before
+    assert file.read_bytes() != before
     assert link.is_symlink()
     assert os.listdir(tmp_path / "real") == ["run.pt"]
 
@@ -842,12 +843,10 @@ def accelerators(monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         monkeypatch.setenv("WORLD_SIZE", "2")
         device = torch.device("cuda") if count > 0 else None
-        for function, value in (
-            ("distributed.is_torchelastic_launched", processes > 1),
-            ("accelerator.device_count", count),
-            ("accelerator.current_accelerator", device),
-        ):
-            monkeypatch.setattr(f"torch.{function}", lambda value=value, **_: value)
+        launched, accelerator = "is_torchelastic_launched", torch.accelerator
+        monkeypatch.setattr(torch.distributed, launched, lambda: processes > 1)
+        monkeypatch.setattr(accelerator, "device_count", lambda: count)
+        monkeypatch.setattr(accelerator, "current_accelerator", lambda **_: device)
 
     return accelerators
 
@@ -899,8 +898,8 @@ def worker():
     If it may restart, process 1 kills itself once, in its 40th step.
     """
     rank = os.environ["RANK"]
-    restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    may_restart = restarts < os.environ["TORCHELASTIC_MAX_RESTARTS"]
+    restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    may_restart = restarts < int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
     reductions = []
     seeds = []
 
@@ -937,7 +936,7 @@ def test_a_killed_process_costs_its_epoch_at_most(tmp_path):
     restart = [" rows, " in line for line in lines].index(True, 1)
     sizes = {"batch_size": 8, "accumulation_steps": 4, "epochs": 3, "processes": 2}
     file = tmp_path / "run.pt"
-    compare(lines[restart:], file, make_table(1037), done=1, **sizes)
+    judge(lines[restart:], file, make_table(1037), done=1, **sizes)
     steps = [read_step(line) for line in lines[1:restart]]
     _, expected, _ = train_in_numpy(make_table(1037), 32, 3, 0.01, 0)
     assert 33 <= len(steps) <= 40
@@ -965,7 +964,7 @@ def test_two_machines_go_on_from_the_file_of_the_first(run, tmp_path):
     ]
     lines, nothing = map(finish, machines)
     sizes = {"batch_size": 1, "accumulation_steps": 4, "epochs": 3, "processes": 2}
-    compare(lines, file, make_table(33), done=1, **sizes)
+    judge(lines, file, make_table(33), done=1, **sizes)
     assert nothing == []
     assert os.listdir(second) == ["facts1.pt"]
 
@@ -1044,7 +1043,7 @@ def test_an_edit_of_the_readme_keeps_the_promise(run, tmp_path, diff):
 
 
 @posix
-@parametrize("title", [title for title in TITLES if title not in ("Set-up",)])
+@parametrize("title", [title for title in TITLES if title != "Set-up"])
 def test_the_commands_and_blocks_of_the_readme_run(run, tmp_path, monkeypatch, title):
     """Set-up's commands are the tests; .ci/run runs them."""
     monkeypatch.chdir(tmp_path)
