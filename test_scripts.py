@@ -42,7 +42,6 @@ parametrize = pytest.mark.parametrize
 each_script = parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 posix = pytest.mark.skipif(os.name != "posix", reason="needs signals or torchrun")
 
-os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start
 torch.set_num_threads(1)
 
 
@@ -224,6 +223,7 @@ def start(folder, *command):
     return subprocess.Popen(
         [*map(str, command)],
         cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -442,6 +442,7 @@ def test_lines_come_at_once_and_signals_end_a_program(tmp_path, script, name):
     assert " rows, " in process.stdout.readline()
     if name == "SIGINT":
         process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == ""
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(HANG) == -getattr(signal, name)
@@ -677,10 +678,9 @@ def test_two_runs_on_one_file_do_not_share_a_temporary_one(run, tmp_path, monkey
 def test_every_weight_has_to_be_finite(tmp_path):
     parts = {"model": nn.Linear(9, 1)}
     args = types.SimpleNamespace(checkpoint=tmp_path / "run.pt")
-    weight, bias = parts["model"].parameters()
-    weight.data.fill_(3e38)  # its square overflows
+    weight = parts["model"].weight.data.fill_(3e38)  # its square overflows
     common.save_checkpoint(args, "", {}, 1, parts)
-    bias.data.fill_(torch.nan)
+    weight[0, 0] = torch.nan
     with pytest.raises(SystemExit, match="epoch 2: a weight is not finite"):
         common.save_checkpoint(args, "", {}, 2, parts)
     assert torch.load(args.checkpoint)["epoch"] == 1
