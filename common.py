@@ -138,6 +138,8 @@ def read_csv(path):
             for cells in reader if header else itertools.chain([first], reader):
                 if len(cells) not in (0, len(first)):  # 0: a blank line
                     raise ValueError(f"{len(cells)} columns, not {len(first)}")
+                if "_" in "".join(cells):  # 1_000 is a number in Python only
+                    raise ValueError(f"could not convert to numbers: {cells}")
                 numbers.extend(map(float, cells))
         except UnicodeDecodeError:
             raise  # in a block of lines, not in this one
@@ -153,7 +155,7 @@ def is_number(text):
         float(text)
     except ValueError:
         return False
-    return True
+    return "_" not in text
 
 
 def seed_epoch(seed, epoch):
@@ -247,7 +249,6 @@ def get_settings(args, source, parts):
     """Return what decides the training, as a text.
 
     Call it before the first step, while the optimizer's state is still the initial one.
-
     `parts` is a dict of "model", "optimizer" and whatever else has a state_dict().
     """
     model = parts["model"]
@@ -270,8 +271,10 @@ def get_settings(args, source, parts):
             state = tree_map_only(torch.Tensor, describe, part.state_dict())
             settings[name] = {"class": type(part).__name__, **state}
         if isinstance(part, torch.optim.Optimizer):
-            groups = [group["params"] for group in part.param_groups]
-            settings[name]["weights"] = tree_map_only(torch.Tensor, names.get, groups)
+            settings[name]["weights"] = [
+                [names.get(weight) for weight in group["params"]]
+                for group in part.param_groups
+            ]
     return pprint.pformat(settings)
 
 

@@ -304,7 +304,7 @@ TABLE = SHIFTED + OFFSETS
 
 def write_spreadsheet(file):
     """Write the table as a spreadsheet does: marked as UTF-8, names, \\r\\n."""
-    style = {"header": '"a, b",b 2,,"y"', "comments": "", "newline": "\r\n\r\n"}
+    style = {"header": '"a, b",2020_1,,"y"', "comments": "", "newline": "\r\n\r\n"}
     np.savetxt(file, TABLE, '"%.17g"', ",", encoding="utf-8-sig", **style)
 
 
@@ -351,6 +351,7 @@ NO_TABLES = [  # what is in the file, and what the message must say
     (b"a,b\n1,0,2\n", "line 2: 3 columns, not 2; needed: "),
     (b"a;b\n1;2\n", "line 2: could not convert string to float: '1;2'; needed: "),
     (b"a;b\n1,5;2,5\n", "line 2: 3 columns, not 1; needed: a .npy of numbers, or"),
+    (b"1,2\n1_0,2\n", "line 2: could not convert to numbers: ['1_0', '2']"),
     (b"1,2\n1,0#2\n", "line 2: could not convert string to float: '0#2'"),
     (b"a,b\n1,2\n3,nan\n", "row 2, column 2: nan is not below 1e150"),
     (b"a,b\n-inf,2\n", "row 1, column 1: -inf is not below 1e150"),
