@@ -4,27 +4,20 @@ How a batch becomes an optimizer step is not in here: it is in main() of each sc
 """
 
 import argparse
-import array
 import atexit
-import bz2
-import csv
 import datetime
 import difflib
-import gzip
-import itertools
-import lzma
+import json
 import math
 import os
-import pathlib
 import pickle
 import pprint
 import random
 import re
-import secrets
 import signal
 import sys
 import time
-import zipfile
+import warnings
 import zlib
 
 import numpy as np
@@ -35,7 +28,6 @@ import torch.distributed as dist
 # threads would outlive it, and some processes would abort when they end.
 import torch.distributed.nn.functional
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 
 # ---- model and data
@@ -61,92 +53,54 @@ def make_table(rows):
 
 
 def get_data(args):
-    """Return inputs X (rows, n) and targets y (rows, 1), float32, and their source.
+    """Return inputs X (rows, n) and targets y (rows, 1), float32, and their scaling.
 
     They are the columns of --data or of make_table(), standardised: (x - mean) / std.
-    The source is a dict with "mean" and "std", float64 (n + 1,), and "checksum": what
-    tells these data from others. Ends the program if the file cannot be used.
+    The scaling is a dict of "mean" and "std", float64 (n + 1,), the target's come last.
     """
     table = make_table(args.rows) if args.data is None else read_table(args.data)
-    checksum = f"{len(table)} rows, crc32 {zlib.crc32(table):08x}"
-    # Large and almost equal numbers (time stamps) differ in their last digits only,
-    # which a sum over them would lose.
     table = torch.from_numpy(table)
-    first = table[0].clone()
-    table -= first
     std, mean = torch.std_mean(table, dim=0, correction=0)
-    if args.data is not None and std[-1] == 0:
-        sys.exit(f"error: --data {args.data}: the target is the same in all rows")
     std[std == 0] = 1  # a constant column becomes zeros
     table = table.sub_(mean).div_(std).float()
-    X, y = table[:, :-1], table[:, -1:]
-    return X, y, {"mean": mean + first, "std": std, "checksum": checksum}
+    return table[:, :-1], table[:, -1:], {"mean": mean, "std": std}
 
 
 def read_table(path):
-    """Return the table in a .npy or .csv file, float64 (rows, columns).
+    """Return the numbers in a .csv or .npy file, float64 (rows, columns).
 
-    Ends the program if there is none.
+    Ends the program if they are no table, or if its last column is no target to learn.
     """
     try:
-        if path.lower().endswith(".npy"):
-            with open(path, "rb") as file:
-                table = np.lib.format.read_array(file)
-        else:
-            table = read_csv(path)
+        table = np.load(path) if path.lower().endswith(".npy") else read_csv(path)
         # Complex numbers, dates and texts are of another kind.
-        table = table.astype(float, order="C", casting="same_kind", copy=False)
+        table = table.astype(float, casting="same_kind", copy=False)
         if table.ndim != 2 or len(table) == 0 or table.shape[1] < 2:
-            raise ValueError(f"an array of shape {table.shape} is no table")
-        # The sums of the squares of larger numbers could overflow.
-        faults = np.argwhere(~(np.abs(table) < 1e150))
-        if len(faults) > 0:
-            row, column = faults[0]
-            place = f"row {row + 1}, column {column + 1}"
-            raise ValueError(f"{place}: {table[row, column]} is not below 1e150")
-    except OSError as error:
-        sys.exit(f"error: --data {path}: {error}")
+            raise ValueError(f"rows of 2 or more numbers are needed, not {table.shape}")
+        std = torch.from_numpy(table).std(dim=0, correction=0)
+        finite = std.isfinite()
+        if not finite.all():
+            column = finite.int().argmin() + 1
+            raise ValueError(f"column {column}: a number is nan, infinite or too large")
+        if std[-1] == 0:
+            raise ValueError("the last column, the target, is the same in all rows")
     except Exception as error:  # a foreign file: numpy raises a dozen kinds
-        sys.exit(
-            f"error: --data {path}: {error}; needed: a .npy of numbers, or a .csv "
-            "in UTF-8, with commas between its columns and points in its numbers; "
-            "the target in the last column"
-        )
+        sys.exit(f"error: --data {path}: {error}")
     return table
 
 
 def read_csv(path):
-    """Return the numbers in a .csv file, float64 (rows, columns).
-
-    A first line without any number is a header. Raises ValueError and OSError.
-    """
-    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    opener = openers.get(pathlib.Path(path).suffix.lower(), open)
-    numbers = array.array("d")
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        first = next(reader, [])
-        if not any(first):
-            raise ValueError("line 1 is empty")
+    """Return the numbers in a .csv file; a first line without a number is a header."""
+    style = {"delimiter": ",", "quotechar": '"', "comments": None, "ndmin": 2}
+    style["encoding"] = "utf-8-sig"
+    with warnings.catch_warnings(action="ignore"):  # of a file without numbers
+        first = np.loadtxt(path, dtype=str, max_rows=1, **style).ravel()
         header = not any(map(is_number, first))
-        if header and not first[0]:
-            raise ValueError(
-                "line 1: column 1 has no name; leave out the names of the rows "
-                "(index=False in pandas, row.names=FALSE in R)"
-            )
-        try:
-            for cells in reader if header else itertools.chain([first], reader):
-                if len(cells) not in (0, len(first)):  # 0: a blank line
-                    raise ValueError(f"{len(cells)} columns, not {len(first)}")
-                if "_" in "".join(cells):  # 1_000 is a number in Python only
-                    raise ValueError(f"could not convert to numbers: {cells}")
-                numbers.extend(map(float, cells))
-        except UnicodeDecodeError:
-            raise  # in a block of lines, not in this one
-        except ValueError as error:
-            raise ValueError(f"line {reader.line_num}: {error}") from None
+        table = np.loadtxt(path, skiprows=int(header), **style)
+    if len(table) > 0 and (first[0] == "" or len(first) != table.shape[1]):
+        raise ValueError("a column has no name; leave out the names of the rows")
     print(f"{path}: line 1 is {'a header' if header else 'a row of numbers'}")
-    return np.array(numbers).reshape(-1, len(first))
+    return table
 
 
 def is_number(text):
@@ -155,7 +109,7 @@ def is_number(text):
         float(text)
     except ValueError:
         return False
-    return "_" not in text
+    return True
 
 
 def seed_epoch(seed, epoch):
@@ -188,10 +142,8 @@ def pick_device(name):
         name = f"{accelerator}:{local_rank}"
     present = ["cpu", *(f"{accelerator}:{index}" for index in range(count))]
     if name not in present:
-        seen = ", ".join(present) if count > 0 else "no GPU, only cpu"
-        raise argparse.ArgumentTypeError(
-            f"{name} is not here; torch {torch.__version__} sees {seen}"
-        )
+        seen = ", ".join(present)
+        raise argparse.ArgumentTypeError(f"{name} is not here, only {seen}")
     return torch.device(name)
 
 
@@ -245,158 +197,124 @@ def peak_memory(device):
 
 
 # ---- checkpoint
-def get_settings(args, source, parts):
-    """Return what decides the training, as a text.
+def get_settings(args, parts, *data):
+    """Return what decides the training, as a text. Call it before the first step.
 
-    Call it before the first step, while the optimizer's state is still the initial one.
     `parts` is a dict of "model", "optimizer" and whatever else has a state_dict().
+    `data` are the tensors that are trained on.
     """
-    model = parts["model"]
-    names = {weight: name for name, weight in model.named_parameters()}
-    modules = model.named_modules()
     settings = {
-        "data": source["checksum"],
         "seed": args.seed,
         "rows per step": args.batch_size * args.accumulation_steps,
-        "model": str(model).splitlines(),
-        "trained": [
-            f"{name} {weight.dtype} {tuple(weight.shape)}"
-            for weight, name in names.items()
-            if weight.requires_grad
-        ],
-        "in eval()": [name for name, module in modules if not module.training],
+        "model": str(parts["model"]).splitlines(),
+        "data": [describe(tensor) for tensor in data],
     }
     for name, part in parts.items():
         if name != "model":
-            state = tree_map_only(torch.Tensor, describe, part.state_dict())
-            settings[name] = {"class": type(part).__name__, **state}
-        if isinstance(part, torch.optim.Optimizer):
-            settings[name]["weights"] = [
-                [names.get(weight) for weight in group["params"]]
-                for group in part.param_groups
-            ]
+            # Tensors are left out: as texts, they are cut short and name their device.
+            state = json.dumps(part.state_dict(), default=lambda tensor: None)
+            settings[name] = {"class": type(part).__name__, **json.loads(state)}
     return pprint.pformat(settings)
 
 
 def describe(tensor):
-    """Return the number in a tensor, or in words what tells several from others."""
-    if tensor.numel() == 1:
-        return tensor.item()
-    checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return f"{tensor.dtype} {tuple(tensor.shape)} crc32 {checksum:08x}"
-
-
-def compare(old, new):
-    """Return the lines that differ in two texts, "-" old and "+" new; "" if none do."""
-    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm="")
-    lines = list(lines)[2:]  # the first two name the files; "@@" lines have numbers
-    return "\n".join(line for line in lines if line[0] in "-+")
-
-
-def check_processes(args, settings):
-    """End each process if their flags or settings differ, or if they are not joined."""
-    if dist.is_initialized():
-        flags = vars(args) | {"device": None, "data": None, "checkpoint": None}
-        texts = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, f"{pprint.pformat(flags)}\n{settings}")
-        for rank, text in enumerate(texts):
-            if changes := compare(texts[0], text):
-                sys.exit(
-                    f"error: process 0 (-) and process {rank} (+) differ:\n{changes}"
-                )
-    elif dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
-        sys.exit("error: this script is for one process; train_accum.py for several")
+    """Return a text that tells a tensor from others."""
+    checksum = zlib.crc32(tensor.cpu().numpy().tobytes())
+    return f"{tensor.dtype} {tuple(tensor.shape)}, crc32 {checksum:08x}"
 
 
 def load_checkpoint(args, settings, parts):
     """Load `parts` from the file --checkpoint, if there is one; return the epochs done.
 
     With several processes, all get what the first one reads. Ends the program, before
-    anything is loaded, if the file or a process does not belong to the run.
+    anything is loaded, if the settings of the file or of a process are not the same.
     """
-    check_processes(args, settings)
-    states = [read_checkpoint(args, settings)]
+    state = [read_checkpoint(args)]
     if dist.is_initialized():
-        dist.broadcast_object_list(states)
-    state = states[0]
+        flags = vars(args) | {"device": None, "data": None, "checkpoint": None}
+        texts = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, f"{pprint.pformat(flags)}\n{settings}")
+        for rank, text in enumerate(texts):
+            refuse_changes(f"process 0 (-) and process {rank} (+)", texts[0], text)
+        dist.broadcast_object_list(state)
+    elif dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
+        sys.exit("error: this script is for one process; train_accum.py for several")
+    [state] = state
     if "fault" in state:
         sys.exit(f"error: --checkpoint {state['fault']}")
-    if state["epoch"] > 0:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+    if state["epoch"] == 0:
+        return 0
+    refuse_changes("--checkpoint (-) and this run (+)", state["settings"], settings)
+    if state["epoch"] > args.epochs:
+        sys.exit(f"error: {state['epoch']} epochs are done, more than --epochs")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return state["epoch"]
 
 
-def read_checkpoint(args, settings):
+def refuse_changes(whose, old, new):
+    """End the program with the lines in which two texts differ, if they do."""
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm="")
+    changes = [
+        line[0] + line[1:].strip() for line in list(lines)[2:] if line[0] in "-+"
+    ]
+    if changes:
+        sys.exit("\n".join([f"error: settings of {whose} differ:", *changes]))
+
+
+def read_checkpoint(args):
     """Return the dict in the file --checkpoint, or {"fault": why it cannot be used}."""
     path = args.checkpoint
     if path is None:
         return {"epoch": 0}
-    if not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
-        return {"fault": f"{path}: a folder that can be written to is needed"}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damage = archive.testzip()  # torch.load takes altered bytes for weights
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        changes = compare(state["settings"], settings)
-        too_many = state["epoch"] > args.epochs
-    except FileNotFoundError:
+    if not os.path.isdir(os.path.dirname(path)):
+        return {"fault": f"{path}: there is no such folder"}
+    if not os.path.exists(path):
         return {"epoch": 0}
-    except OSError as error:
-        return {"fault": f"{path}: {error.strerror}"}
-    except Exception as error:  # a foreign file: zipfile and torch raise a dozen kinds
-        damage = type(error).__name__  # torch's text advises to load it unsafely
-    if damage:
-        return {"fault": f"{path}: damaged, or of another program ({damage})"}
-    if changes:
-        return {
-            "fault": f"{path}: its settings (-) are not those of this run (+); take "
-            f"its settings, or another file:\n{changes}"
-        }
-    if too_many:
-        return {"fault": f"{path}: {state['epoch']} epochs are done; raise --epochs"}
+    try:
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        if not isinstance(state["settings"], str):
+            raise TypeError
+    except Exception as error:  # a foreign file: torch raises a dozen kinds
+        # torch's text advises to load it unsafely
+        return {"fault": f"{path}: damaged, or not from here ({type(error).__name__})"}
     return state
 
 
-def save_checkpoint(args, settings, source, epochs, parts):
+def save_checkpoint(args, settings, parts, epochs, **more):
     """Replace the file --checkpoint, whole or not at all, after so many epochs.
 
-    Without --checkpoint, writes nothing. Ends the program if a weight of
-    parts["model"] is not finite, or if the file cannot be written or read again.
+    `more` goes into the file beside the parts. Ends the program if a weight of
+    parts["model"] is not finite, or if the file cannot be written, or be loaded again.
+    Without --checkpoint, writes nothing.
     """
     for weight in parts["model"].parameters():
         if not weight.isfinite().all():
             sys.exit(f"error: epoch {epochs}: a weight is not finite; try a lower --lr")
     if args.checkpoint is None:
         return
-    path = os.path.realpath(args.checkpoint)  # a link stays a link
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= source | {"epoch": epochs, "settings": settings}
-    # a name of its own, so that two runs on one checkpoint do not share it
-    temporary = pathlib.Path(f"{path}.{secrets.token_hex(4)}.tmp")
+    state |= more | {"epoch": epochs, "settings": settings}
+    temporary = f"{args.checkpoint}.tmp"
+    fault = f"error: --checkpoint {args.checkpoint}: epoch {epochs} is not saved"
     try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)  # and flush
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
             os.fsync(file.fileno())
         torch.load(temporary, map_location="meta", weights_only=True)  # reads no weight
-        temporary.replace(path)
+        os.replace(temporary, args.checkpoint)
     except (pickle.PickleError, AttributeError, TypeError):
         sys.exit(
-            f"error: --checkpoint {path}: epoch {epochs} is not saved: torch.load "
-            "would refuse it. A state_dict() needs tensors, texts, lists, dicts and "
-            "Python's numbers: put float() around NumPy's in optimizer and schedule"
+            f"{fault}: a state_dict() may hold tensors, texts, lists, dicts "
+            "and Python's numbers (float(), not NumPy's)"
         )
-    except (OSError, RuntimeError) as error:  # torch's stands around the system's
-        if isinstance(error.__context__, OSError):
-            error = error.__context__
-        sys.exit(f"error: --checkpoint {path}: epoch {epochs} is not saved: {error}")
-    finally:
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"{fault}; is the disk full? {error}")
 
 
 # ---- command line
 def init_program():
-    """Print lines at once, and let Ctrl-C and `| head` end the program in silence."""
+    """Print lines at once, and let Ctrl-C and `| head` end one process in silence."""
     if not hasattr(sys.stdout, "reconfigure"):
         return  # a notebook has its own output and signals
     sys.stdout.reconfigure(line_buffering=True)
@@ -408,19 +326,19 @@ def init_program():
 def at_least(lowest):
     """Return a function that reads a flag's text as a whole number from `lowest`."""
 
-    def whole_number(text):
-        if lowest <= int(text) < 2**31:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text} is not from {lowest} to {2**31 - 1}")
+    def integer(text):
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is below {lowest}")
+        return int(text)
 
-    return whole_number
+    return integer
 
 
-def learning_rate(text):
+def number(text):
     """Read a flag's text as a number above 0."""
-    if 0 < float(text) < math.inf:
-        return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
 
 
 def parse_args(argv, description, *, batch_size, accumulation_steps=None):
@@ -447,24 +365,23 @@ def parse_args(argv, description, *, batch_size, accumulation_steps=None):
     )
     add("--rows", at_least(1), 1000, "rows of synthetic data", to=source)
     add("--hidden", at_least(0), 0, "ReLU units in a hidden layer; 0: a linear model")
-    text = "rows computed at once; lower it to save memory"
+    text = "rows computed at once, by all processes together; lower it to save memory"
     add("--batch-size", at_least(1), batch_size, text)
     if accumulation_steps is not None:
         text = "micro-batches in a step"
         add("--accumulation-steps", at_least(1), accumulation_steps, text)
     add("--epochs", at_least(1), 10, "passes over the rows, finished ones included")
-    add("--lr", learning_rate, 0.01, "learning rate; lower it if the loss grows")
-    add("--seed", at_least(0), 0, "decides first weights and order of the rows")
-    add("--log-every", at_least(0), 1, "print one of so many steps; 0: none")
+    add("--lr", number, 0.01, "learning rate; lower it if the loss grows")
+    text = "decides first weights, order of the rows, dropout and loader's workers"
+    add("--seed", at_least(0), 0, text)
+    add("--log-every", at_least(0), 10, "print one of so many steps; 0: none")
     add("--device", pick_device, "auto", "cpu, cuda, cuda:1, mps, ...; auto: a GPU")
     parser.add_argument(
         "--checkpoint",
+        type=os.path.realpath,  # a link stays a link
         help="file written after each epoch; if it exists, training goes on from it",
     )
-    args = parser.parse_args(argv)
-    if "" in (args.data, args.checkpoint):
-        parser.error("a file needs a name; is a variable not set?")
-    return args
+    return parser.parse_args(argv)
 
 
 def print_start(args, rows, first_epoch):
@@ -484,7 +401,7 @@ def print_end(args, parts, X, y, loss_fn, start):
     """Print a run's last line: loss of all rows, time since `start`, peak memory.
 
     `loss_fn(outputs, targets)` is a mean over targets.numel() targets. `start` is in
-    seconds, of time.perf_counter().
+    seconds, of time.perf_counter(). Leaves parts["model"] in eval().
     """
     seconds = time.perf_counter() - start
     model = parts["model"].eval()

@@ -26,13 +26,14 @@ import common
 def main(argv=None):
     args = common.parse_args(argv, __doc__, batch_size=8, accumulation_steps=4)
     rank, world_size = common.init_process_group(args)  # processes
-    X, y, source = common.get_data(args)
+    X, y, scaling = common.get_data(args)
     torch.manual_seed(args.seed)
     model = common.make_model(X.shape[1], args.hidden).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     loss_fn = F.mse_loss
-    parts = {"model": model, "optimizer": optimizer}  # and a scheduler, if you have one
-    settings = common.get_settings(args, source, parts)
+    # whatever has a state belongs here: a scheduler, an EMA, a second optimizer, ...
+    parts = {"model": model, "optimizer": optimizer}
+    settings = common.get_settings(args, parts, X, y)
     first_epoch = common.load_checkpoint(args, settings, parts)
     model = DistributedDataParallel(model) if world_size > 1 else model  # processes
     common.print_start(args, len(X), first_epoch)
@@ -40,21 +41,21 @@ def main(argv=None):
     for epoch in range(first_epoch, args.epochs):
         common.seed_epoch(args.seed, epoch)
         batches = torch.randperm(len(X)).split(args.batch_size)
-        batches = [batch[rank::world_size] for batch in batches]  # processes: its share
-        if rank > 0:  # processes: dropout masks of its own
+        batches = [rows[rank::world_size] for rows in batches]  # processes: its share
+        if rank > 0:  # processes: its own dropout masks; process 0 keeps those of one
             torch.manual_seed(torch.initial_seed() + rank)  # processes
         # batch_size=None: a whole batch at once, faster than row by row
         loader = iter(DataLoader(TensorDataset(X, y), batch_size=None, sampler=batches))
         step = 0
         while micro_batches := list(islice(loader, args.accumulation_steps)):
             n_targets = sum(targets.numel() for _, targets in micro_batches)
-            # processes: DistributedDataParallel averages gradients: divide by the mean
+            # processes: DistributedDataParallel averages, so divide by the mean number
             n_targets = common.all_reduce_mean(n_targets)  # processes
             losses = []
             optimizer.zero_grad()
-            for inputs, targets in micro_batches:
+            for i, (inputs, targets) in enumerate(micro_batches):
                 if world_size > 1:  # processes: the last micro-batch reduces gradients
-                    last = len(losses) + 1 == len(micro_batches)  # processes
+                    last = i + 1 == len(micro_batches)  # processes
                     model.require_backward_grad_sync = last  # processes
                 inputs, targets = inputs.to(args.device), targets.to(args.device)
                 loss = loss_fn(model(inputs), targets, reduction="sum") / n_targets
@@ -62,12 +63,14 @@ def main(argv=None):
                 losses.append(loss.detach())
             optimizer.step()
             if args.log_every and step % args.log_every == 0:
-                loss = sum(losses)
-                loss = common.all_reduce_mean(loss)  # processes
-                print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {loss:.6f}")
+                step_loss = sum(losses)
+                step_loss = common.all_reduce_mean(step_loss)  # processes
+                print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {step_loss:.6f}")
             step += 1
-        common.save_checkpoint(args, settings, source, epoch + 1, parts)
+        # ends the epoch: what is stepped after it is lost when going on
+        common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
     common.print_end(args, parts, X, y, loss_fn, start)
+    return parts["model"]
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import common
 
 def main(argv=None):
     args = common.parse_args(argv, __doc__, batch_size=16)
-    X, y, source = common.get_data(args)
+    X, y, scaling = common.get_data(args)
     torch.manual_seed(args.seed)
     model = common.make_model(X.shape[1], args.hidden).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     loss_fn = F.mse_loss
-    parts = {"model": model, "optimizer": optimizer}  # and a scheduler, if you have one
-    settings = common.get_settings(args, source, parts)
+    # whatever has a state belongs here: a scheduler, an EMA, a second optimizer, ...
+    parts = {"model": model, "optimizer": optimizer}
+    settings = common.get_settings(args, parts, X, y)
     first_epoch = common.load_checkpoint(args, settings, parts)
     common.print_start(args, len(X), first_epoch)
     start = time.perf_counter()
@@ -39,8 +40,10 @@ def main(argv=None):
             optimizer.step()
             if args.log_every and step % args.log_every == 0:
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {loss:.6f}")
-        common.save_checkpoint(args, settings, source, epoch + 1, parts)
+        # ends the epoch: what is stepped after it is lost when going on
+        common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
     common.print_end(args, parts, X, y, loss_fn, start)
+    return parts["model"]
 
 
 if __name__ == "__main__":
