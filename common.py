@@ -46,9 +46,8 @@ def make_table(rows):
 
     The target is the sum of its row's ten inputs, plus noise of variance 0.01.
     """
-    noise = [0.1]
-    table = np.random.default_rng(0).normal(0, [1] * 10 + noise, (rows, 11))
-    table[:, -1] = table.sum(axis=1)
+    table = np.random.default_rng(0).normal(size=(rows, 11))
+    table[:, -1] = table[:, :-1].sum(axis=1) + 0.1 * table[:, -1]
     return table
 
 
@@ -223,23 +222,33 @@ def describe(tensor):
     return f"{tensor.dtype} {tuple(tensor.shape)}, crc32 {checksum:08x}"
 
 
+def check_processes(args, settings):
+    """End all processes if one was started with other flags, data or settings.
+
+    Ends a script for one process, too, if torchrun started several.
+    """
+    if dist.is_initialized():
+        may_differ = {"device": None, "data": None, "checkpoint": None}
+        text = pprint.pformat(vars(args) | may_differ) + "\n" + settings
+        texts = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, text)
+        for rank, text in enumerate(texts):
+            refuse_changes(f"process 0 (-) and process {rank} (+)", texts[0], text)
+    elif dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
+        sys.exit("error: this script is for one process; train_accum.py for several")
+
+
 def load_checkpoint(args, settings, parts):
     """Load `parts` from the file --checkpoint, if there is one; return the epochs done.
 
     With several processes, all get what the first one reads. Ends the program, before
     anything is loaded, if the settings of the file or of a process are not the same.
     """
-    state = [read_checkpoint(args)]
+    check_processes(args, settings)
+    states = [read_checkpoint(args)]
     if dist.is_initialized():
-        flags = vars(args) | {"device": None, "data": None, "checkpoint": None}
-        texts = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, f"{pprint.pformat(flags)}\n{settings}")
-        for rank, text in enumerate(texts):
-            refuse_changes(f"process 0 (-) and process {rank} (+)", texts[0], text)
-        dist.broadcast_object_list(state)
-    elif dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
-        sys.exit("error: this script is for one process; train_accum.py for several")
-    [state] = state
+        dist.broadcast_object_list(states)
+    state = states[0]
     if "fault" in state:
         sys.exit(f"error: --checkpoint {state['fault']}")
     if state["epoch"] == 0:
@@ -314,7 +323,7 @@ def save_checkpoint(args, settings, parts, epochs, **more):
 
 # ---- command line
 def init_program():
-    """Print lines at once, and let Ctrl-C and `| head` end one process in silence."""
+    """Print lines at once. Let Ctrl-C and `| head` end a single process in silence."""
     if not hasattr(sys.stdout, "reconfigure"):
         return  # a notebook has its own output and signals
     sys.stdout.reconfigure(line_buffering=True)
@@ -378,14 +387,14 @@ def parse_args(argv, description, *, batch_size, accumulation_steps=None):
     add("--device", pick_device, "auto", "cpu, cuda, cuda:1, mps, ...; auto: a GPU")
     parser.add_argument(
         "--checkpoint",
-        type=os.path.realpath,  # a link stays a link
+        type=os.path.realpath,  # replaces the file, not a link to it
         help="file written after each epoch; if it exists, training goes on from it",
     )
     return parser.parse_args(argv)
 
 
 def print_start(args, rows, first_epoch):
-    """Print a run's first line: sizes, epochs, device, and what decides the result."""
+    """Print a run's first line: rows, sizes, epochs, device, torch and seed."""
     rows_per_step = args.batch_size * args.accumulation_steps
     processes = dist.get_world_size() if dist.is_initialized() else 1
     print(

@@ -42,7 +42,8 @@ def main(argv=None):
         common.seed_epoch(args.seed, epoch)
         batches = torch.randperm(len(X)).split(args.batch_size)
         batches = [rows[rank::world_size] for rows in batches]  # processes: its share
-        if rank > 0:  # processes: its own dropout masks; process 0 keeps those of one
+        # processes: each has its own dropout masks, process 0 those of a single process
+        if rank > 0:  # processes
             torch.manual_seed(torch.initial_seed() + rank)  # processes
         # batch_size=None: a whole batch at once, faster than row by row
         loader = iter(DataLoader(TensorDataset(X, y), batch_size=None, sampler=batches))
@@ -67,7 +68,7 @@ def main(argv=None):
                 step_loss = common.all_reduce_mean(step_loss)  # processes
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {step_loss:.6f}")
             step += 1
-        # ends the epoch: what is stepped after it is lost when going on
+        # ends the epoch: a scheduler.step() after it would be lost when going on
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
     common.print_end(args, parts, X, y, loss_fn, start)
     return parts["model"]

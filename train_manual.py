@@ -40,7 +40,7 @@ def main(argv=None):
             optimizer.step()
             if args.log_every and step % args.log_every == 0:
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {loss:.6f}")
-        # ends the epoch: what is stepped after it is lost when going on
+        # ends the epoch: a scheduler.step() after it would be lost when going on
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
     common.print_end(args, parts, X, y, loss_fn, start)
     return parts["model"]
