@@ -112,7 +112,7 @@ def read(text):
 
 def read_weights(file):
     """Return the model's weights in a checkpoint, as one vector."""
-    weights = torch.load(file, map_location="cpu")["model"].values()
+    weights = torch.load(file)["model"].values()
     return nn.utils.parameters_to_vector(weights).numpy()
 
 
@@ -245,7 +245,6 @@ def test_help_of_each_script(script, capsys):
         script.main(["--help"])
     text = capsys.readouterr().out
     assert script.__doc__ in text
-    assert "rows of synthetic data (default: 1000)" in text
     assert ("--accumulation-steps" in text) == (script is train_accum)
 
 
@@ -466,24 +465,29 @@ def test_what_is_no_table_is_refused(refused, tmp_path, content, said):
 
 
 # ---- flags and program
-WRONG_FLAGS = [
-    *("--batch-size=0", "--batch-size=1.5", "--accumulation-steps=0", "--rows=0"),
-    *("--epochs=0", "--hidden=-1", "--seed=-1", "--log-every=-1", "--lr=0", "--lr=nan"),
-    *("--lr=x", "--device=tpu"),
-]
+WRONG_FLAGS = {  # value: flags
+    "0": ["--batch-size", "--accumulation-steps", "--rows", "--epochs", "--lr"],
+    "-1": ["--hidden", "--seed", "--log-every"],
+    "1.5": ["--batch-size"],
+    "nan": ["--lr"],
+    "x": ["--lr"],
+    "tpu": ["--device"],
+}
+
+
+@parametrize("value, flags", WRONG_FLAGS.items())
+def test_a_wrong_flag_is_told_with_its_name_and_value(refused, value, flags):
+    for flag in flags:
+        error = refused(train_accum, f"{flag}={value}")
+        assert f"argument {flag}: " in error
+        assert value in error
+
+
 OTHER_ENDS = [
     ("--batch=4", "unrecognized arguments: --batch=4"),
     ("--checkpoint=missing/run.pt", "missing/run.pt: there is no such folder"),
     ("--lr=1e30", "error: epoch 1: a weight is not finite; try a lower --lr"),
 ]
-
-
-@parametrize("flag", WRONG_FLAGS)
-def test_a_wrong_flag_is_told_with_its_name_and_value(refused, flag):
-    name, _, value = flag.partition("=")
-    error = refused(train_accum, flag)
-    assert f"argument {name}: " in error
-    assert value in error
 
 
 @parametrize("flag, said", OTHER_ENDS)
@@ -524,8 +528,6 @@ def save(file, model, epochs=1, **parts):
 def test_a_file_is_replaced_once_it_is_whole_on_the_disk(file, monkeypatch):
     save(file, nn.Linear(9, 1))
     before = file.read_bytes()
-    old = file.with_name("old.pt")
-    os.link(file, old)  # the same bytes, for as long as none is written into them
     sizes = []
 
     def fsync(descriptor):
@@ -535,9 +537,8 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(file, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     save(file, nn.Linear(99, 1), epochs=2)
     assert sizes == [file.stat().st_size]
-    assert old.read_bytes() == before
     assert torch.load(file)["epoch"] == 2
-    assert sorted(os.listdir(file.parent)) == ["old.pt", "run.pt"]
+    assert os.listdir(file.parent) == ["run.pt"]
 
 
 @posix
@@ -620,17 +621,6 @@ def test_other_settings_are_told_line_by_line_and_nothing_is_loaded(
     assert any(told.startswith(line) for told in lines)
     assert {told[0] for told in lines[1:]} <= {"-", "+"}
     assert file.read_bytes() == before
-
-
-def test_settings_have_all_data_but_no_tensor_of_a_state():
-    args = types.SimpleNamespace(seed=0, batch_size=8, accumulation_steps=4)
-    settings = set()
-    for rate, last_input in [(0.1, 0), (0.2, 0), (0.1, 1)]:
-        X = torch.tensor([0, 0, last_input])
-        optimizer = torch.optim.Adagrad([torch.zeros(1)], lr=torch.tensor(rate))
-        parts = {"model": nn.Linear(9, 1), "optimizer": optimizer}
-        settings.add(common.get_settings(args, parts, X))
-    assert len(settings) == 2
 
 
 # ---- device
@@ -772,7 +762,7 @@ UNLIKE = [  # flags of two processes, and a line of their error
 def test_processes_that_must_not_train_end_alike(tmp_path, first, second, line):
     table = np.random.default_rng(0).random((9, 3))
     np.save(tmp_path / "0.npy", table)
-    table[8, 2] = 2
+    table[[7, 8]] = table[[8, 7]]
     np.save(tmp_path / "1.npy", table)
     zero, one = run_processes((tmp_path, first), (tmp_path, second))
     assert zero["error"] == one["error"]
