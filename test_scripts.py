@@ -43,9 +43,7 @@ HANG = 900  # seconds: a process that takes longer hangs, on any machine
 
 parametrize = pytest.mark.parametrize
 each_script = parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-posix = pytest.mark.skipif(
-    os.name != "posix", reason="needs signals, links or torchrun"
-)
+posix = pytest.mark.skipif(os.name != "posix", reason="signals, links or torchrun")
 
 torch.set_num_threads(1)
 
@@ -296,10 +294,8 @@ def test_a_script_goes_on_from_the_file_of_another(run, file):
 @each_script
 def test_no_more_rows_than_the_batch_size_are_computed_at_once(run, script):
     rows = []
-    hook = nn.modules.module.register_module_forward_pre_hook(
-        lambda _, inputs: rows.append(len(inputs[0]))
-    )
-    with hook:
+    watch = nn.modules.module.register_module_forward_pre_hook
+    with watch(lambda _, inputs: rows.append(len(inputs[0]))):
         run(script, "--rows=100", "--batch-size=30", "--epochs=1")
     assert rows == [30, 30, 30, 10] * 2  # in training, and for the last line
 
@@ -384,6 +380,16 @@ def test_random_numbers_of_a_loader_are_the_same_again(goes_on, workers):
     goes_on(script, "--rows=32")
 
 
+def test_an_epoch_has_random_numbers_of_its_own_and_the_same_again():
+    numbers = []
+    for seed, epoch in [(0, 1), (0, 1), (1, 0), (0, 2)]:
+        common.seed_epoch(seed, epoch)
+        numbers.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    first, again, *others = map(set, numbers)
+    assert first == again
+    assert first.isdisjoint(set.union(*others))
+
+
 def test_without_the_marked_lines_it_is_the_same_for_one_process(run, tmp_path):
     text = pathlib.Path(train_accum.__file__).read_text(encoding="utf-8")
     marked = [(f"{line}\n", "") for line in text.splitlines() if "# processes" in line]
@@ -411,8 +417,6 @@ def test_main_runs_in_a_notebook_and_in_a_thread_and_returns_the_model(file):
 # the first column is time stamps in nanoseconds, the third a constant
 SHIFTED = np.random.default_rng(0).integers(-99, 99, (40, 4)) * [2.0**30, 1e-9, 0, 1]
 TABLE = SHIFTED + np.array([1.7e18, 5, 0.1, 0])
-
-
 FORMS = [("a.csv.gz", '"a, b",2020-1,c,"y"'), ("a.csv", ""), ("A.NPY", None)]
 
 
@@ -430,6 +434,10 @@ def test_a_file_of_any_form_is_the_same_table(run, file, name, header):
     judge(text, file, SHIFTED)
     assert ("line 1 is a header" in text) == bool(header)
     assert ("line 1 is a row of numbers" in text) == (header == "")
+    state = torch.load(file)
+    std = np.where(SHIFTED.std(axis=0) == 0, 1, SHIFTED.std(axis=0))
+    assert_close((state["mean"].numpy() - TABLE.mean(axis=0)) / std, np.zeros(4))
+    assert_close(state["std"].numpy() / std, np.ones(4))
 
 
 NO_TABLES = [  # what is in the file, and what the error says
@@ -481,17 +489,16 @@ def test_a_wrong_flag_is_told_with_its_name_and_value(refused, value, flags):
 
 OTHER_ENDS = [
     ("--batch=4", "unrecognized arguments: --batch=4"),
+    ("--data=a.csv --rows=9", "argument --rows: not allowed with argument --data"),
     ("--checkpoint=missing/run.pt", "missing/run.pt: there is no such folder"),
     ("--lr=1e30", "error: epoch 1: a weight is not finite; try a lower --lr"),
 ]
 
 
-@parametrize("flag, said", OTHER_ENDS)
-def test_what_cannot_be_trained_ends_in_a_line(
-    refused, tmp_path, monkeypatch, flag, said
-):
+@parametrize("flags, said", OTHER_ENDS)
+def test_an_impossible_run_is_refused(refused, tmp_path, monkeypatch, flags, said):
     monkeypatch.chdir(tmp_path)
-    assert said in refused(train_accum, flag)
+    assert said in refused(train_accum, *flags.split())
     assert os.listdir() == []
 
 
@@ -512,6 +519,13 @@ def test_lines_come_at_once_and_signals_end_each_script(tmp_path):
         assert process.stderr.read() == ""
         assert process.wait(HANG) == -number
         process.stderr.close()
+
+
+def test_peak_memory_is_what_the_system_counts():
+    resource = pytest.importorskip("resource")
+    peak = re.match(r"(\d+) MiB", common.peak_memory(torch.device("cpu")))
+    counted = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert peak is None or 100 < int(peak[1]) < 1.1 * counted
 
 
 # ---- checkpoint
@@ -577,9 +591,7 @@ class Code:
 
 
 @parametrize("content", ["cut off", torch.ones(3), {"settings": {}}, Code()])
-def test_a_foreign_or_cut_off_file_is_refused_and_kept(
-    run, refused, file, monkeypatch, content
-):
+def test_a_foreign_file_is_refused_and_kept(run, refused, file, monkeypatch, content):
     monkeypatch.chdir(file.parent)
     if content == "cut off":
         run(train_basic, "--checkpoint", file)
@@ -607,9 +619,8 @@ CHANGES = [  # an edit and a flag of the first run, and a line of the second one
 
 
 @parametrize("edits, flag, line", CHANGES)
-def test_other_settings_are_told_line_by_line_and_nothing_is_loaded(
-    run, refused, monkeypatch, file, edits, flag, line
-):
+def test_other_settings_are_refused(run, refused, monkeypatch, file, edits, flag, line):
+    """They are told line by line, before anything is loaded."""
     run(edited(train_basic, *edits), "--checkpoint", file, flag)
     before = file.read_bytes()
     monkeypatch.delattr(nn.Module, "load_state_dict")
@@ -632,19 +643,28 @@ DEVICES = [  # accelerators, processes, --device, what the second process gets
 ]
 
 
-@parametrize("count, processes, name, expected", DEVICES)
-def test_each_process_has_an_accelerator_or_all_have_the_cpu(
-    monkeypatch, count, processes, name, expected
-):
-    monkeypatch.setenv("LOCAL_RANK", "1")  # left over, if there is one process
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    if processes > 1:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+def believe_in(count, monkeypatch):
+    """Let torch see so many GPUs."""
     device = torch.device("cuda") if count > 0 else None
     accelerator = torch.accelerator
     monkeypatch.setattr(accelerator, "device_count", lambda: count)
     monkeypatch.setattr(accelerator, "current_accelerator", lambda **_: device)
-    assert common.pick_device(name) == torch.device(expected)
+
+
+@parametrize("count, processes, name, device", DEVICES)
+def test_a_process_picks_its_device(monkeypatch, count, processes, name, device):
+    believe_in(count, monkeypatch)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # left over, if there is one process
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    if processes > 1:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert common.pick_device(name) == torch.device(device)
+
+
+def test_a_device_that_is_not_there_is_told_with_those_that_are(monkeypatch, refused):
+    believe_in(2, monkeypatch)
+    error = refused(train_basic, "--device=cuda:2")
+    assert "cuda:2 is not here, only cpu, cuda:0, cuda:1\n" in error
 
 
 # ---- processes
@@ -679,8 +699,8 @@ def worker(environment, folder, flags, edits):
     script.DistributedDataParallel = watched
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
-            model = script.main([*CUT_FLAGS, "--checkpoint=run.pt", *flags])
-            facts["model"] = str(model)
+            flags = [*CUT_FLAGS, "--checkpoint=run.pt", *flags]
+            facts["model"] = str(script.main(flags))
         except SystemExit as end:
             facts["error"] = end.code
     facts["printed"] = out.getvalue()
@@ -776,6 +796,7 @@ def test_a_killed_process_costs_its_epoch_at_most(file):
     judge(zero["printed"], file, make_table(1037), epochs=3, done=1)
     assert zero["rows"] + one["rows"] == 2 * 1037
     assert zero["reductions"] == one["reductions"] == 2 * 33  # one a step
+    assert len(zero["seeds"] | one["seeds"]) == 2 * 2  # other masks of dropout
     # a thread that outlives its process group can abort the process
     assert zero["threads"] == one["threads"] == 1
 
