@@ -5,27 +5,27 @@ How a batch becomes an optimizer step is not in here: it is in main() of each sc
 
 import argparse
 import atexit
+import csv
 import datetime
 import difflib
+import itertools
 import json
 import math
 import os
-import pickle
 import pprint
 import random
 import re
-import signal
 import sys
 import time
-import warnings
+import zipfile
 import zlib
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-# If the optimizer imported this module after the process group was opened, the group's
-# threads would outlive it, and some processes would abort when they end.
+# Import this before the process group is opened. The first optimizer imports it, too:
+# if later, the group's threads outlive it, and some processes abort when they end.
 import torch.distributed.nn.functional
 from torch import nn
 
@@ -90,35 +90,35 @@ def read_table(path):
 
 def read_csv(path):
     """Return the numbers in a .csv file; a first line without a number is a header."""
-    style = {"delimiter": ",", "quotechar": '"', "comments": None, "ndmin": 2}
-    style["encoding"] = "utf-8-sig"
-    with warnings.catch_warnings(action="ignore"):  # of a file without numbers
-        first = np.loadtxt(path, dtype=str, max_rows=1, **style).ravel()
+    # Opened as np.loadtxt does it (.gz, .bz2, .xz), but only once: it may be a pipe.
+    with np.lib.npyio.DataSource().open(path, "rt", encoding="utf-8-sig") as file:
+        line = next(filter(str.strip, file), "")
+        first = next(csv.reader([line]))
         header = not any(map(is_number, first))
-        table = np.loadtxt(path, skiprows=int(header), **style)
+        print(f"{path}: line 1 is {'a header' if header else 'a row of numbers'}")
+        lines = file if header else itertools.chain([line], file)
+        table = np.loadtxt(lines, delimiter=",", quotechar='"', comments=None, ndmin=2)
     if len(table) > 0 and (first[0] == "" or len(first) != table.shape[1]):
         raise ValueError("a column has no name; leave out the names of the rows")
-    print(f"{path}: line 1 is {'a header' if header else 'a row of numbers'}")
     return table
 
 
 def is_number(text):
-    """Say whether `text` is a number."""
+    """Return whether `text` is a finite number: "inf" and "nan" may name a column."""
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
-def seed_epoch(seed, epoch):
+def seed_epoch(seed, epoch, rank=0):
     """Seed all random numbers of an epoch: order of rows, dropout, loader's workers.
 
-    SeedSequence mixes the pair, so (0, 1) and (1, 0) share nothing.
+    SeedSequence mixes the three, so that (0, 1, 0) and (1, 0, 0) share nothing.
     """
-    mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    mixed = int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0])
     torch.manual_seed(mixed)
-    np.random.seed(mixed)  # these two for transforms of one's own
+    np.random.seed(mixed)  # this one and the next for your own transforms
     random.seed(mixed)
 
 
@@ -146,11 +146,11 @@ def pick_device(name):
     return torch.device(name)
 
 
-def init_process_group(args):
+def join_processes(args):
     """Return this process's rank and the number of processes.
 
-    Joins the others if torchrun started it. From then on, the first one prints and
-    writes for all.
+    Opens the process group if torchrun started the script. From then on, only rank 0
+    prints, reads and writes --checkpoint.
     """
     if not dist.is_torchelastic_launched():
         return 0, 1
@@ -174,7 +174,7 @@ def init_process_group(args):
     return rank, world_size
 
 
-def all_reduce_mean(value):
+def mean_over_processes(value):
     """Return the mean of a number over the processes, all of which must call this."""
     if not dist.is_initialized():
         return value
@@ -200,7 +200,8 @@ def get_settings(args, parts, *data):
     """Return what decides the training, as a text. Call it before the first step.
 
     `parts` is a dict of "model", "optimizer" and whatever else has a state_dict().
-    `data` are the tensors that are trained on.
+    `data` are the tensors to train on. Raises TypeError if a part is named like another
+    setting, "seed" or "data".
     """
     settings = {
         "seed": args.seed,
@@ -208,18 +209,23 @@ def get_settings(args, parts, *data):
         "model": str(parts["model"]).splitlines(),
         "data": [describe(tensor) for tensor in data],
     }
+    states = {}
     for name, part in parts.items():
         if name != "model":
-            # Tensors are left out: as texts, they are cut short and name their device.
-            state = json.dumps(part.state_dict(), default=lambda tensor: None)
-            settings[name] = {"class": type(part).__name__, **json.loads(state)}
-    return pprint.pformat(settings)
+            state = json.dumps(part.state_dict(), default=to_number)
+            states[name] = {"class": type(part).__name__, **json.loads(state)}
+    return pprint.pformat(dict(**settings, **states))
 
 
 def describe(tensor):
     """Return a text that tells a tensor from others."""
-    checksum = zlib.crc32(tensor.cpu().numpy().tobytes())
+    checksum = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return f"{tensor.dtype} {tuple(tensor.shape)}, crc32 {checksum:08x}"
+
+
+def to_number(value):
+    """Return the number in a tensor of no dimensions (a learning rate), else None."""
+    return value.item() if torch.is_tensor(value) and value.ndim == 0 else None
 
 
 def check_processes(args, settings):
@@ -241,18 +247,18 @@ def check_processes(args, settings):
 def load_checkpoint(args, settings, parts):
     """Load `parts` from the file --checkpoint, if there is one; return the epochs done.
 
-    With several processes, all get what the first one reads. Ends the program, before
-    anything is loaded, if the settings of the file or of a process are not the same.
+    With several processes, all get what rank 0 reads. Ends the program, before anything
+    is loaded, if the settings of the file or of a process are not the same.
     """
     check_processes(args, settings)
-    states = [read_checkpoint(args)]
+    states = [read_checkpoint(args.checkpoint)]
     if dist.is_initialized():
         dist.broadcast_object_list(states)
     state = states[0]
-    if "fault" in state:
-        sys.exit(f"error: --checkpoint {state['fault']}")
-    if state["epoch"] == 0:
+    if state is None:
         return 0
+    if isinstance(state, str):
+        sys.exit(f"error: --checkpoint {state}")
     refuse_changes("--checkpoint (-) and this run (+)", state["settings"], settings)
     if state["epoch"] > args.epochs:
         sys.exit(f"error: {state['epoch']} epochs are done, more than --epochs")
@@ -271,91 +277,78 @@ def refuse_changes(whose, old, new):
         sys.exit("\n".join([f"error: settings of {whose} differ:", *changes]))
 
 
-def read_checkpoint(args):
-    """Return the dict in the file --checkpoint, or {"fault": why it cannot be used}."""
-    path = args.checkpoint
+def read_checkpoint(path):
+    """Return the dict in a file, None if there is no file, or a text: what is wrong.
+
+    A folder that cannot be written to is wrong, too.
+    """
     if path is None:
-        return {"epoch": 0}
-    if not os.path.isdir(os.path.dirname(path)):
-        return {"fault": f"{path}: there is no such folder"}
-    if not os.path.exists(path):
-        return {"epoch": 0}
+        return None
     try:
+        temporary = f"{path}.{os.urandom(4).hex()}.tmp"
+        open(temporary, "wb").close()
+        os.remove(temporary)
+    except OSError as error:
+        return f"{path}: cannot write to its folder: {error.strerror}"
+    if not os.path.exists(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch does not compare the checksums
+                raise ValueError
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        if not isinstance(state["settings"], str):
+        if (type(state["settings"]), type(state["epoch"])) != (str, int):
             raise TypeError
     except Exception as error:  # a foreign file: torch raises a dozen kinds
         # torch's text advises to load it unsafely
-        return {"fault": f"{path}: damaged, or not from here ({type(error).__name__})"}
+        return f"{path}: damaged, or not from here ({type(error).__name__})"
     return state
 
 
 def save_checkpoint(args, settings, parts, epochs, **more):
-    """Replace the file --checkpoint, whole or not at all, after so many epochs.
+    """Replace the file --checkpoint after N epochs, as a whole or not at all.
 
-    `more` goes into the file beside the parts. Ends the program if a weight of
-    parts["model"] is not finite, or if the file cannot be written, or be loaded again.
-    Without --checkpoint, writes nothing.
+    `more` is saved beside the parts. Ends the program if a weight of parts["model"] is
+    not finite, or if the file cannot be written, or not be loaded again. Raises
+    TypeError if a name is used twice. Without --checkpoint, writes nothing.
     """
     for weight in parts["model"].parameters():
         if not weight.isfinite().all():
             sys.exit(f"error: epoch {epochs}: a weight is not finite; try a lower --lr")
     if args.checkpoint is None:
         return
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= more | {"epoch": epochs, "settings": settings}
-    temporary = f"{args.checkpoint}.tmp"
-    fault = f"error: --checkpoint {args.checkpoint}: epoch {epochs} is not saved"
+    states = {name: part.state_dict() for name, part in parts.items()}
+    state = dict(epoch=epochs, settings=settings, **states, **more)
+    # A name of its own, since two runs may have the same --checkpoint.
+    temporary = f"{args.checkpoint}.{os.urandom(4).hex()}.tmp"
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             os.fsync(file.fileno())
         torch.load(temporary, map_location="meta", weights_only=True)  # reads no weight
         os.replace(temporary, args.checkpoint)
-    except (pickle.PickleError, AttributeError, TypeError):
+    except Exception as error:  # the system, pickle and torch raise a dozen kinds
+        reason = getattr(error, "strerror", None) or type(error).__name__
         sys.exit(
-            f"{fault}: a state_dict() may hold tensors, texts, lists, dicts "
-            "and Python's numbers (float(), not NumPy's)"
+            f"error: --checkpoint {args.checkpoint}: epoch {epochs} is not saved "
+            f"({reason}): the disk is full, or a state_dict() holds more than tensors, "
+            "strings, lists, dicts and Python's numbers (float(), not NumPy's)"
         )
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"{fault}; is the disk full? {error}")
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 # ---- command line
-def init_program():
-    """Print lines at once. Let Ctrl-C and `| head` end a single process in silence."""
-    if not hasattr(sys.stdout, "reconfigure"):
-        return  # a notebook has its own output and signals
-    sys.stdout.reconfigure(line_buffering=True)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if os.name == "posix":
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
-
-def at_least(lowest):
-    """Return a function that reads a flag's text as a whole number from `lowest`."""
-
-    def integer(text):
-        if int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text} is below {lowest}")
-        return int(text)
-
-    return integer
-
-
-def number(text):
-    """Read a flag's text as a number above 0."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
-
-
 def parse_args(argv, description, *, batch_size, accumulation_steps=None):
     """Return a script's arguments; wrong ones end the program.
 
     `argv` is a list of flags, or None for those of the command line. Only a script with
-    a default for it has the flag --accumulation-steps.
+    a default for it has the flag --accumulation-steps. From here on, lines are printed
+    at once, also into a file or pipe.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -364,33 +357,47 @@ def parse_args(argv, description, *, batch_size, accumulation_steps=None):
     parser.set_defaults(accumulation_steps=1)
     source = parser.add_mutually_exclusive_group()
 
-    def add(flag, type, default, text, to=parser):
+    def add(flag, default, text, to=parser):
         text += f" (default: {default})"
-        to.add_argument(flag, type=type, default=default, help=text)
+        to.add_argument(flag, type=type(default), default=default, help=text)
 
     source.add_argument(
         "--data",
         help="a .csv or .npy file of numbers, with the target in the last column",
     )
-    add("--rows", at_least(1), 1000, "rows of synthetic data", to=source)
-    add("--hidden", at_least(0), 0, "ReLU units in a hidden layer; 0: a linear model")
-    text = "rows computed at once, by all processes together; lower it to save memory"
-    add("--batch-size", at_least(1), batch_size, text)
+    add("--rows", 1000, "rows of synthetic data", to=source)
+    add("--hidden", 0, "ReLU units in a hidden layer; 0: a linear model")
+    text = "rows computed at once, over all processes; lower it to save memory"
+    add("--batch-size", batch_size, text)
     if accumulation_steps is not None:
         text = "micro-batches in a step"
-        add("--accumulation-steps", at_least(1), accumulation_steps, text)
-    add("--epochs", at_least(1), 10, "passes over the rows, finished ones included")
-    add("--lr", number, 0.01, "learning rate; lower it if the loss grows")
-    text = "decides first weights, order of the rows, dropout and loader's workers"
-    add("--seed", at_least(0), 0, text)
-    add("--log-every", at_least(0), 10, "print one of so many steps; 0: none")
-    add("--device", pick_device, "auto", "cpu, cuda, cuda:1, mps, ...; auto: a GPU")
+        add("--accumulation-steps", accumulation_steps, text)
+    add("--epochs", 10, "passes over the rows, finished ones included")
+    add("--lr", 0.01, "learning rate; lower it if the loss grows")
+    text = "seeds the first weights, order of the rows, dropout and loader's workers"
+    add("--seed", 0, text)
+    add("--log-every", 10, "print the loss every N steps; 0: never")
+    parser.add_argument(
+        "--device",
+        type=pick_device,
+        default="auto",
+        help="cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one (default: auto)",
+    )
     parser.add_argument(
         "--checkpoint",
         type=os.path.realpath,  # replaces the file, not a link to it
-        help="file written after each epoch; if it exists, training goes on from it",
+        help="file written after each epoch; if it exists, training resumes from it",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        lowest = 0 if name in ("hidden", "seed", "log_every") else 1
+        if isinstance(value, int) and value < lowest:
+            parser.error(
+                f"argument --{name.replace('_', '-')}: {value} is below {lowest}"
+            )
+    if not args.lr > 0:
+        parser.error(f"argument --lr: {args.lr} is not above 0")
+    return args
 
 
 def print_start(args, rows, first_epoch):
@@ -406,18 +413,33 @@ def print_start(args, rows, first_epoch):
 
 
 @torch.no_grad()
-def print_end(args, parts, X, y, loss_fn, start):
+def mean_loss(args, parts, dataset, loss_fn):
+    """Return the mean loss of a dataset by parts["model"] in eval().
+
+    Computes --batch-size rows at a time: dataset[rows] are their inputs and targets,
+    `loss_fn(outputs, targets)` is their mean loss. Each layer's mode is restored.
+    """
+    model = parts["model"]
+    modes = [(layer, layer.training) for layer in model.modules()]
+    model.eval()
+    loss = 0.0
+    for rows in torch.arange(len(dataset)).split(args.batch_size):
+        inputs, targets = dataset[rows]
+        inputs, targets = inputs.to(args.device), targets.to(args.device)
+        loss += loss_fn(model(inputs), targets).item() * len(rows) / len(dataset)
+    for layer, training in modes:
+        layer.training = training
+    return loss
+
+
+def print_end(args, parts, dataset, loss_fn, start):
     """Print a run's last line: loss of all rows, time since `start`, peak memory.
 
-    `loss_fn(outputs, targets)` is a mean over targets.numel() targets. `start` is in
-    seconds, of time.perf_counter(). Leaves parts["model"] in eval().
+    `start` is in seconds, of time.perf_counter(). Leaves parts["model"] in eval().
     """
     seconds = time.perf_counter() - start
-    model = parts["model"].eval()
-    loss = 0.0
-    for inputs, targets in zip(X.split(args.batch_size), y.split(args.batch_size)):
-        inputs, targets = inputs.to(args.device), targets.to(args.device)
-        loss += loss_fn(model(inputs), targets).item() * targets.numel() / y.numel()
+    loss = mean_loss(args, parts, dataset, loss_fn)
+    parts["model"].eval()
     print(
         f"Loss of all rows: {loss:.6f}, {seconds:.3f} s, "
         f"peak memory {peak_memory(args.device)}"

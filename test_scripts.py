@@ -374,7 +374,7 @@ class Numbers(torch.utils.data.Dataset):
 @posix
 @parametrize("workers", [0, 1])
 def test_random_numbers_of_a_loader_are_the_same_again(goes_on, workers):
-    loader = ("TensorDataset(X, y), ", f"Numbers(), num_workers={workers}, ")
+    loader = ("(dataset, batch_size", f"(Numbers(), num_workers={workers}, batch_size")
     script = edited(train_basic, loader)
     script.Numbers = Numbers
     goes_on(script, "--rows=32")
@@ -404,13 +404,11 @@ def test_without_the_marked_lines_it_is_the_same_for_one_process(run, tmp_path):
 
 def test_main_runs_in_a_notebook_and_in_a_thread_and_returns_the_model(file):
     with contextlib.redirect_stdout(io.StringIO()), ThreadPoolExecutor() as pool:
-        common.init_program()
         for script, flags in zip(SCRIPTS, [FLAGS, CUT_FLAGS, FLAGS]):
             flags = [*flags, f"--checkpoint={file}"]
             model = pool.submit(script.main, flags).result()
             assert_equal(weights_of(model), read_weights(file))
             assert not model.training
-    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
 
 
 # ---- data
@@ -456,6 +454,7 @@ NO_TABLES = [  # what is in the file, and what the error says
 
 
 @parametrize("content, said", NO_TABLES)
+@pytest.mark.filterwarnings("ignore:loadtxt")
 def test_what_is_no_table_is_refused(refused, tmp_path, content, said):
     data = tmp_path / "table.csv"
     if isinstance(content, str):
@@ -490,7 +489,7 @@ def test_a_wrong_flag_is_told_with_its_name_and_value(refused, value, flags):
 OTHER_ENDS = [
     ("--batch=4", "unrecognized arguments: --batch=4"),
     ("--data=a.csv --rows=9", "argument --rows: not allowed with argument --data"),
-    ("--checkpoint=missing/run.pt", "missing/run.pt: there is no such folder"),
+    ("--checkpoint=missing/run.pt", "missing/run.pt: cannot write to its folder: "),
     ("--lr=1e30", "error: epoch 1: a weight is not finite; try a lower --lr"),
 ]
 
@@ -504,21 +503,16 @@ def test_an_impossible_run_is_refused(refused, tmp_path, monkeypatch, flags, sai
 
 @posix
 def test_lines_come_at_once_and_signals_end_each_script(tmp_path):
-    """Where no step is printed, the lines are too few to fill a buffer."""
-    signals = [signal.SIGINT, signal.SIGPIPE, signal.SIGINT]
+    """No step is printed: the lines are too few to fill a buffer."""
     processes = [
-        start(tmp_path, script.__file__, "--epochs=5000", f"--log-every={log_every}")
-        for script, log_every in zip(SCRIPTS, [0, 1, 0])
+        start(tmp_path, script.__file__, "--epochs=5000", "--log-every=0")
+        for script in SCRIPTS
     ]
-    for process, number in zip(processes, signals):
+    for process in processes:
         assert " rows, " in process.stdout.readline()
-        if number == signal.SIGINT:
-            process.send_signal(number)
-            assert process.stdout.read() == ""
-        process.stdout.close()  # as `| head` does
-        assert process.stderr.read() == ""
-        assert process.wait(HANG) == -number
-        process.stderr.close()
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=HANG)
+        assert error.endswith("KeyboardInterrupt\n")
 
 
 def test_peak_memory_is_what_the_system_counts():
@@ -552,7 +546,7 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(file, monkeypatch):
 
 
 @posix
-@parametrize("size", [100, 5000])  # torch and Python tell it in other ways
+@parametrize("size", [100, 5000])  # torch and Python report it in other ways
 def test_a_full_disk_is_told_and_leaves_what_was_there(run, refused, file, size):
     resource = pytest.importorskip("resource")
     flags = ["--hidden=999", "--lr=0.001", f"--checkpoint={file}"]
@@ -564,7 +558,9 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(run, refused, file, size)
         error = refused(train_basic, "--epochs=3", *flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"{file}: epoch 3 is not saved; is the disk full? " in error
+    assert f"{file}: epoch 3 is not saved (" in error
+    assert "the disk is full" in error
+    assert os.listdir(file.parent) == ["run.pt"]
     assert file.read_bytes() == before
 
 
@@ -579,7 +575,7 @@ def test_what_cannot_be_used_again_is_not_saved(file, fault):
         said = "epoch 2: a weight is not finite"
     else:
         optimizer.param_groups[0]["lr"] = fault
-        said = "epoch 2 is not saved: a state_dict"
+        said = "epoch 2 is not saved .*a state_dict"
     with pytest.raises(SystemExit, match=said):
         save(file, model, epochs=2, optimizer=optimizer)
     assert torch.load(file)["epoch"] == 1

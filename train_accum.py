@@ -1,5 +1,7 @@
 """Gradient accumulation: several micro-batches, one optimizer step.
 
+These commands take the same steps:
+
     python train_accum.py
     python train_accum.py --batch-size 1 --accumulation-steps 32
     torchrun --nproc-per-node 2 train_accum.py  # processes: two share the work
@@ -8,7 +10,6 @@ A step is one optimizer.step(). Here several micro-batches make one step: each a
 gradient of (sum of its losses) / (number of targets in the step). Together that is the
 gradient of the step's mean loss, also if the last micro-batch is short.
 
-These commands all take the same steps.
 For one process, the lines marked "# processes" can be deleted.
 """
 
@@ -25,8 +26,9 @@ import common
 
 def main(argv=None):
     args = common.parse_args(argv, __doc__, batch_size=8, accumulation_steps=4)
-    rank, world_size = common.init_process_group(args)  # processes
+    rank, world_size = common.join_processes(args)  # processes
     X, y, scaling = common.get_data(args)
+    dataset = TensorDataset(X, y)
     torch.manual_seed(args.seed)
     model = common.make_model(X.shape[1], args.hidden).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
@@ -36,26 +38,29 @@ def main(argv=None):
     settings = common.get_settings(args, parts, X, y)
     first_epoch = common.load_checkpoint(args, settings, parts)
     model = DistributedDataParallel(model) if world_size > 1 else model  # processes
-    common.print_start(args, len(X), first_epoch)
+    common.print_start(args, len(dataset), first_epoch)
     start = time.perf_counter()
     for epoch in range(first_epoch, args.epochs):
         common.seed_epoch(args.seed, epoch)
-        batches = torch.randperm(len(X)).split(args.batch_size)
-        batches = [rows[rank::world_size] for rows in batches]  # processes: its share
-        # processes: each has its own dropout masks, process 0 those of a single process
+        batches = torch.randperm(len(dataset)).split(args.batch_size)
+        batches = [rows[rank::world_size] for rows in batches]  # processes: one's share
+        # processes: all draw the same order, but each its own dropout masks
         if rank > 0:  # processes
-            torch.manual_seed(torch.initial_seed() + rank)  # processes
-        # batch_size=None: a whole batch at once, faster than row by row
-        loader = iter(DataLoader(TensorDataset(X, y), batch_size=None, sampler=batches))
+            common.seed_epoch(args.seed, epoch, rank)  # processes
+        # batch_size=None fetches a batch at once, by dataset[rows]; for single items:
+        # DataLoader(dataset, batch_sampler=batches)
+        loader = iter(DataLoader(dataset, batch_size=None, sampler=batches))
         step = 0
         while micro_batches := list(islice(loader, args.accumulation_steps)):
             n_targets = sum(targets.numel() for _, targets in micro_batches)
             # processes: DistributedDataParallel averages, so divide by the mean number
-            n_targets = common.all_reduce_mean(n_targets)  # processes
+            n_targets = common.mean_over_processes(n_targets)  # processes
             losses = []
             optimizer.zero_grad()
             for i, (inputs, targets) in enumerate(micro_batches):
-                if world_size > 1:  # processes: the last micro-batch reduces gradients
+                # processes: reduce gradients once per step. no_sync() sets this switch,
+                # processes: too, but as a block around the forward and backward pass.
+                if world_size > 1:  # processes
                     last = i + 1 == len(micro_batches)  # processes
                     model.require_backward_grad_sync = last  # processes
                 inputs, targets = inputs.to(args.device), targets.to(args.device)
@@ -65,15 +70,14 @@ def main(argv=None):
             optimizer.step()
             if args.log_every and step % args.log_every == 0:
                 step_loss = sum(losses)
-                step_loss = common.all_reduce_mean(step_loss)  # processes
+                step_loss = common.mean_over_processes(step_loss)  # processes
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {step_loss:.6f}")
             step += 1
-        # ends the epoch: a scheduler.step() after it would be lost when going on
+        # step a scheduler above this line: what comes after it is not saved
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
-    common.print_end(args, parts, X, y, loss_fn, start)
+    common.print_end(args, parts, dataset, loss_fn, start)
     return parts["model"]
 
 
 if __name__ == "__main__":
-    common.init_program()
     main()

@@ -19,6 +19,7 @@ import common
 def main(argv=None):
     args = common.parse_args(argv, __doc__, batch_size=32)
     X, y, scaling = common.get_data(args)
+    dataset = TensorDataset(X, y)
     torch.manual_seed(args.seed)
     model = common.make_model(X.shape[1], args.hidden).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
@@ -27,13 +28,14 @@ def main(argv=None):
     parts = {"model": model, "optimizer": optimizer}
     settings = common.get_settings(args, parts, X, y)
     first_epoch = common.load_checkpoint(args, settings, parts)
-    common.print_start(args, len(X), first_epoch)
+    common.print_start(args, len(dataset), first_epoch)
     start = time.perf_counter()
     for epoch in range(first_epoch, args.epochs):
         common.seed_epoch(args.seed, epoch)
-        batches = torch.randperm(len(X)).split(args.batch_size)
-        # batch_size=None: a whole batch at once, faster than row by row
-        loader = DataLoader(TensorDataset(X, y), batch_size=None, sampler=batches)
+        batches = torch.randperm(len(dataset)).split(args.batch_size)
+        # batch_size=None fetches a batch at once, by dataset[rows]; for single items:
+        # DataLoader(dataset, batch_sampler=batches)
+        loader = DataLoader(dataset, batch_size=None, sampler=batches)
         for step, (inputs, targets) in enumerate(loader):
             optimizer.zero_grad()
             inputs, targets = inputs.to(args.device), targets.to(args.device)
@@ -42,12 +44,11 @@ def main(argv=None):
             optimizer.step()
             if args.log_every and step % args.log_every == 0:
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {loss:.6f}")
-        # ends the epoch: a scheduler.step() after it would be lost when going on
+        # step a scheduler above this line: what comes after it is not saved
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
-    common.print_end(args, parts, X, y, loss_fn, start)
+    common.print_end(args, parts, dataset, loss_fn, start)
     return parts["model"]
 
 
 if __name__ == "__main__":
-    common.init_program()
     main()

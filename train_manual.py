@@ -11,6 +11,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import TensorDataset
 
 import common
 
@@ -18,6 +19,7 @@ import common
 def main(argv=None):
     args = common.parse_args(argv, __doc__, batch_size=16)
     X, y, scaling = common.get_data(args)
+    dataset = TensorDataset(X, y)
     torch.manual_seed(args.seed)
     model = common.make_model(X.shape[1], args.hidden).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
@@ -26,26 +28,26 @@ def main(argv=None):
     parts = {"model": model, "optimizer": optimizer}
     settings = common.get_settings(args, parts, X, y)
     first_epoch = common.load_checkpoint(args, settings, parts)
-    common.print_start(args, len(X), first_epoch)
+    common.print_start(args, len(dataset), first_epoch)
     start = time.perf_counter()
     for epoch in range(first_epoch, args.epochs):
         common.seed_epoch(args.seed, epoch)
-        order = torch.randperm(len(X))
-        for step, i in enumerate(range(0, len(X), args.batch_size)):
+        order = torch.randperm(len(dataset))
+        for step, i in enumerate(range(0, len(dataset), args.batch_size)):
             rows = order[i : i + args.batch_size]
             optimizer.zero_grad()
-            inputs, targets = X[rows].to(args.device), y[rows].to(args.device)
+            inputs, targets = dataset[rows]
+            inputs, targets = inputs.to(args.device), targets.to(args.device)
             loss = loss_fn(model(inputs), targets)
             loss.backward()
             optimizer.step()
             if args.log_every and step % args.log_every == 0:
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {loss:.6f}")
-        # ends the epoch: a scheduler.step() after it would be lost when going on
+        # step a scheduler above this line: what comes after it is not saved
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
-    common.print_end(args, parts, X, y, loss_fn, start)
+    common.print_end(args, parts, dataset, loss_fn, start)
     return parts["model"]
 
 
 if __name__ == "__main__":
-    common.init_program()
     main()
