@@ -417,7 +417,8 @@ def mean_loss(args, parts, dataset, loss_fn):
     """Return the mean loss of a dataset by parts["model"] in eval().
 
     Computes --batch-size rows at a time: dataset[rows] are their inputs and targets,
-    `loss_fn(outputs, targets)` is their mean loss. Each layer's mode is restored.
+    `loss_fn(outputs, targets)` is their mean loss. Leaves each layer in train() or
+    eval(), as it was. All processes must call this, and get the same number.
     """
     model = parts["model"]
     modes = [(layer, layer.training) for layer in model.modules()]
@@ -429,7 +430,7 @@ def mean_loss(args, parts, dataset, loss_fn):
         loss += loss_fn(model(inputs), targets).item() * len(rows) / len(dataset)
     for layer, training in modes:
         layer.training = training
-    return loss
+    return mean_over_processes(loss)
 
 
 def print_end(args, parts, dataset, loss_fn, start):

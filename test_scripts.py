@@ -1,14 +1,18 @@
-"""Tests of the promise: the same trajectory, however a batch is sliced.
+"""Tests of the promise: the same steps, however a batch is split.
 
-    python -m pytest -q
+    python -m pytest -q             # all of them
+    python -m pytest -q -k smoke    # each script, as a user starts it
 
-The judge is train_in_numpy(): the steps, losses and weights of a script are compared
-with it. A recipe of the README is compared with a plain loop over whole batches.
+train_in_numpy() is the judge of the scripts: their steps, losses and weights are
+compared with its own. The README's recipes are compared with train_plainly(), a loop
+over whole batches.
 """
 
 import atexit
 import contextlib
 import io
+import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -19,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import types
 import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -43,7 +48,7 @@ HANG = 900  # seconds: a process that takes longer hangs, on any machine
 
 parametrize = pytest.mark.parametrize
 each_script = parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-posix = pytest.mark.skipif(os.name != "posix", reason="signals, links or torchrun")
+posix = pytest.mark.skipif(os.name != "posix", reason="pipes, links or torchrun")
 
 torch.set_num_threads(1)
 
@@ -72,11 +77,10 @@ def train_in_numpy(table, rows_per_step=32, epochs=2, lr=0.05, seed=0):
     X, y = standardise(table)
     torch.manual_seed(seed)
     model = nn.Linear(X.shape[1] - 1, 1).double()
-    weights = nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+    weights = weights_of(model)
     steps = []
     for epoch in range(epochs):
-        mixed = np.random.SeedSequence((seed, epoch)).generate_state(1)
-        torch.manual_seed(int(mixed[0]))
+        torch.manual_seed(seed_of(seed, epoch))
         order = torch.randperm(len(X)).numpy()
         for step, start in enumerate(range(0, len(X), rows_per_step)):
             rows = order[start : start + rows_per_step]
@@ -86,10 +90,16 @@ def train_in_numpy(table, rows_per_step=32, epochs=2, lr=0.05, seed=0):
     return np.array(steps), weights, np.mean((X @ weights - y) ** 2)
 
 
-def judge(text, file, table, *, done=0, log_every=1, **sizes):
+def seed_of(seed, epoch):
+    """Return the number that seeds an epoch, in a single process and in rank 0."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+
+
+def judge(text, file, table, *, done=0, log_every=1, offset=0, **sizes):
     """Compare what a run printed, and the file it wrote, with the judge.
 
-    `done` epochs were finished before the run. `file` is None if there is none.
+    `done` epochs were finished before the run. `file` is None if there is none. The
+    run's table had an `offset`, which must not matter.
     """
     expected_steps, weights, expected_loss = train_in_numpy(table, **sizes)
     printed = [row for row in expected_steps if row[0] > done and log_every > 0]
@@ -98,8 +108,13 @@ def judge(text, file, table, *, done=0, log_every=1, **sizes):
     assert_close(steps, np.reshape(printed, (-1, 3)), 2e-5)
     assert_close(loss, expected_loss, 2e-5)
     if file is not None:
-        assert torch.load(file)["epoch"] == sizes.get("epochs", 2)
-        assert_close(read_weights(file), weights)
+        state = torch.load(file)
+        assert state["epoch"] == sizes.get("epochs", 2)
+        assert_close(weights_in(state["model"]), weights)
+        std = np.where(table.std(axis=0) == 0, 1, table.std(axis=0))
+        mean = state["mean"].numpy() - offset - table.mean(axis=0)
+        assert_close(mean / std, np.zeros(len(std)))
+        assert_close(state["std"].numpy() / std, np.ones(len(std)))
 
 
 def read(text):
@@ -109,14 +124,17 @@ def read(text):
     return np.array(steps, dtype=float).reshape(-1, 3), float(loss)
 
 
-def read_weights(file):
-    """Return the model's weights in a checkpoint, as one vector."""
-    weights = torch.load(file)["model"].values()
-    return nn.utils.parameters_to_vector(weights).numpy()
+def weights_in(state):
+    """Return the weights of a model's state_dict() as one vector."""
+    return nn.utils.parameters_to_vector(state.values()).numpy()
 
 
 def weights_of(model):
     return nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+
+
+def read_weights(file):
+    return weights_in(torch.load(file)["model"])
 
 
 def assert_close(found, expected, tolerance=1e-5):
@@ -127,7 +145,7 @@ def assert_close(found, expected, tolerance=1e-5):
 # All flags are given, so that a changed default fails only where a script has no flags.
 FLAGS = ["--hidden=0", "--epochs=2", "--lr=0.05", "--seed=0", "--log-every=1"]
 FLAGS += ["--device=cpu", "--batch-size=32"]
-CUT_FLAGS = [*FLAGS, "--batch-size=8", "--accumulation-steps=4"]
+SPLIT_FLAGS = [*FLAGS, "--batch-size=8", "--accumulation-steps=4"]
 
 
 @pytest.fixture
@@ -140,8 +158,8 @@ def run(capsys):
     """Return a function that runs a script's main() here and returns what it prints."""
 
     def run(script, *flags):
-        cut = script.__name__ == "train_accum"
-        script.main([*(CUT_FLAGS if cut else FLAGS), *map(str, flags)])
+        accum = script.__name__ == "train_accum"
+        script.main([*(SPLIT_FLAGS if accum else FLAGS), *map(str, flags)])
         return capsys.readouterr().out
 
     return run
@@ -161,10 +179,10 @@ def refused(run, capsys):
 
 
 @pytest.fixture
-def goes_on(run, tmp_path, monkeypatch):
+def resumed(run, tmp_path, monkeypatch):
     """Return a function that runs a script as a whole, and killed after each epoch.
 
-    It checks that this changes no bit, and returns the file and the last loss.
+    It checks that this changes no bit, and returns what the file holds.
     """
     save_checkpoint = common.save_checkpoint
 
@@ -172,32 +190,38 @@ def goes_on(run, tmp_path, monkeypatch):
         save_checkpoint(*args, **more)
         raise KeyboardInterrupt
 
-    def goes_on(script, *flags, tolerance=0):
+    def resumed(script, *flags, tolerance=0):
         file = tmp_path / f"{script.__name__}.pt"
         killed = tmp_path / f"{script.__name__}.killed.pt"
         flags = ["--epochs=3", *flags, "--checkpoint"]
-        steps, loss = read(run(script, *flags, file))
+        _, loss = read(run(script, *flags, file))
+        state = torch.load(file)
         with monkeypatch.context() as patch:
             patch.setattr(common, "save_checkpoint", save_and_die)
-            for _ in range(2):
+            for _ in range(state["epoch"] - 1):
                 with pytest.raises(KeyboardInterrupt):
                     run(script, *flags, killed)
-        text = run(script, *flags, killed)  # and what was printed before
-        assert_close(read(text)[0], steps, tolerance)
-        states = [torch.load(killed), torch.load(file)]
-        assert states[0].pop("settings") == states[1].pop("settings")
-        torch.testing.assert_close(*states, rtol=0, atol=tolerance)
-        return file, loss
+        text = run(script, *flags, killed)
+        assert_close(read(text)[1], loss, tolerance)
+        if tolerance == 0:
+            assert_equal(plain(torch.load(killed)), plain(state))
+        assert_close(read_weights(killed), read_weights(file), tolerance)
+        return state
 
-    return goes_on
+    return resumed
+
+
+def plain(state):
+    """Return a checkpoint with lists for tensors."""
+    return json.loads(json.dumps(state, default=torch.Tensor.tolist))
 
 
 def edited(script, *edits):
     """Return a copy of a script in which old lines are replaced with new ones."""
     text = pathlib.Path(script.__file__).read_text(encoding="utf-8")
-    copy = types.ModuleType(script.__name__)
-    exec(replaced(text, *edits), copy.__dict__)
-    return copy
+    copied = types.ModuleType(script.__name__)
+    exec(replaced(text, *edits), copied.__dict__)
+    return copied
 
 
 def replaced(text, *edits):
@@ -208,12 +232,11 @@ def replaced(text, *edits):
 
 
 def start(folder, *command):
-    """Start a Python process; finish() or a signal must follow."""
+    """Start a Python process; finish() must follow."""
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=folder,
-        # A script's lines come at once by its own doing.
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -228,7 +251,7 @@ def finish(process):
 
 
 # ---- the promise
-def test_each_script_runs_without_flags(tmp_path):
+def test_smoke_each_script_runs_without_flags(tmp_path):
     processes = [start(tmp_path, script.__file__) for script in SCRIPTS]
     for process, size in zip(processes, [32, 8 * 4, 16]):
         sizes = {"rows_per_step": size, "epochs": 10, "lr": 0.01, "log_every": 10}
@@ -245,8 +268,11 @@ def test_help_of_each_script(script, capsys):
     assert ("--accumulation-steps" in text) == (script is train_accum)
 
 
-def test_the_lines_of_a_run(run):
-    first, step, last = run(train_accum, "--rows=7", "--epochs=1").splitlines()
+def test_the_lines_of_a_run_come_at_once(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", output)
+    train_accum.main([*SPLIT_FLAGS, "--rows=7", "--epochs=1"])
+    first, step, last = output.buffer.getvalue().decode().splitlines()
     assert first == (
         "7 rows, 8 x 4 per step, 1 steps per epoch, 0 of 1 epochs done; cpu, "
         f"processes: 1, torch {torch.__version__}, seed 0"
@@ -256,30 +282,25 @@ def test_the_lines_of_a_run(run):
     assert re.fullmatch(end + r"(\d+ MiB of the process|unknown)", last)
 
 
-CUTS = [(train_accum, 8, 4), (train_accum, 1, 32), (train_accum, 7, 3)]
-CUTS += [(script, size, 1) for script in SCRIPTS for size in (5, 32, 400)]
+SPLITS = [(train_accum, 8, 4), (train_accum, 1, 32), (train_accum, 7, 3)]
+SPLITS += [(script, size, 1) for script in SCRIPTS for size in (5, 32, 400)]
 
 
 @parametrize("rows", [1, 2, 31, 32, 33, 1037])
-@parametrize("script, size, steps", CUTS)
-def test_each_cut_takes_the_steps_of_the_judge(run, file, script, size, steps, rows):
+@parametrize("script, size, steps", SPLITS)
+def test_each_split_takes_the_steps_of_the_judge(run, file, script, size, steps, rows):
+    log_every = rows % 4
     flags = [f"--rows={rows}", f"--checkpoint={file}", f"--batch-size={size}"]
+    flags += ["--seed=7", "--lr=0.04", "--epochs=3", f"--log-every={log_every}"]
     if script is train_accum:
         flags += [f"--accumulation-steps={steps}"]
-    judge(run(script, *flags), file, make_table(rows), rows_per_step=size * steps)
-
-
-@each_script
-@parametrize("log_every", [0, 3])
-def test_seed_rate_and_lines_are_those_of_the_flags(run, file, script, log_every):
-    flags = [f"--log-every={log_every}", "--rows=300", f"--checkpoint={file}"]
-    text = run(script, *flags, "--seed=7", "--lr=0.002", "--epochs=3")
-    sizes = {"seed": 7, "lr": 0.002, "epochs": 3}
-    judge(text, file, make_table(300), log_every=log_every, **sizes)
+    sizes = {"rows_per_step": size * steps, "epochs": 3, "lr": 0.04, "seed": 7}
+    text = run(script, *flags)
+    judge(text, file, make_table(rows), log_every=log_every, **sizes)
 
 
 @posix
-def test_a_script_goes_on_from_the_file_of_another(run, file):
+def test_a_script_resumes_from_the_file_of_another(run, file):
     link = file.with_name("link.pt")
     link.symlink_to(file)
     flags = ["--rows=100", f"--checkpoint={link}"]
@@ -300,10 +321,48 @@ def test_no_more_rows_than_the_batch_size_are_computed_at_once(run, script):
     assert rows == [30, 30, 30, 10] * 2  # in training, and for the last line
 
 
+def most_tensors_kept(train, *arguments):
+    """Return the largest number of tensors that were kept at once for backward()."""
+    kept = weakref.WeakSet()
+    numbers = []
+
+    def keep(tensor):
+        def get():
+            return tensor
+
+        kept.add(get)
+        numbers.append(len(kept))
+        return get
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda get: get()):
+        train(*arguments)
+    return max(numbers)
+
+
+def test_accumulation_keeps_the_tensors_of_a_single_micro_batch(run):
+    one = most_tensors_kept(run, train_accum, "--hidden=3", "--accumulation-steps=1")
+    many = most_tensors_kept(run, train_accum, "--hidden=3", "--accumulation-steps=9")
+    assert one == many
+
+
+def test_mean_loss_is_exact_and_leaves_each_layer_in_its_mode():
+    model = nn.Sequential(nn.BatchNorm1d(10).eval(), nn.Dropout(), nn.Linear(10, 1))
+    X, y = synthetic(70)
+    dataset = torch.utils.data.TensorDataset(X, y)
+    args = types.SimpleNamespace(batch_size=30, device=torch.device("cpu"))
+    loss = common.mean_loss(args, {"model": model}, dataset, F.mse_loss)
+    assert [layer.training for layer in model] == [False, True, True]
+    assert_close(loss, F.mse_loss(model.eval()(X), y).item())
+    args.device = torch.device("meta")
+    with pytest.raises(RuntimeError, match="item"):  # the rest was done on the device
+        common.mean_loss(args, {"model": model.to("meta")}, dataset, F.mse_loss)
+
+
 # ---- edits, as users make them in a copy
 MODEL = "common.make_model(X.shape[1], args.hidden)"
 OPTIMIZER = "torch.optim.SGD(model.parameters(), lr=args.lr)"
 ADAMW = (OPTIMIZER, "torch.optim.AdamW(model.parameters(), lr=args.lr)")
+TENSOR_RATE = (OPTIMIZER, OPTIMIZER.replace("args.lr", "torch.tensor(args.lr)"))
 PARTS = '    parts = {"model": model, "optimizer": optimizer}\n'
 STEP = "            optimizer.step()\n"
 MORE_PARTS = """
@@ -320,8 +379,9 @@ def with_layer(layer):
     return (MODEL, f"torch.nn.Sequential({layer}, torch.nn.Linear(10, 1))")
 
 
+DROPOUT = with_layer("torch.nn.Dropout(0.5)")
 FROZEN = with_layer("torch.nn.BatchNorm1d(10).eval()")
-ONES_OWN = [
+YOUR_OWN = [
     with_layer("torch.nn.LayerNorm(10)"),
     ADAMW,
     (PARTS, PARTS + MORE_PARTS),
@@ -331,40 +391,31 @@ COPIES = {
     "as it is": ([], "--hidden=0"),
     "three hidden units": ([], "--hidden=3"),
     "a frozen layer": ([FROZEN], "--hidden=0"),
-    "all of one's own": (ONES_OWN, "--hidden=0"),
+    "dropout": ([DROPOUT], "--hidden=0"),
+    "all of your own": (YOUR_OWN, "--hidden=0"),
 }
 
 
 @parametrize("edits, flag", COPIES.values(), ids=COPIES.keys())
-def test_a_copy_takes_the_same_steps_and_goes_on(goes_on, edits, flag):
-    weights = []
-    for script in SCRIPTS:
-        file, _ = goes_on(edited(script, *edits), "--rows=1037", flag)
-        weights.append(read_weights(file))
-        assert torch.load(file)["model"].get("0.num_batches_tracked", 0) == 0
-    basic, accum, manual = weights
-    assert_equal(manual, basic)
-    assert_close(accum, basic)
-
-
-@parametrize("hidden", [1, 3])
-def test_a_hidden_layer_has_so_many_relu_units(hidden):
-    layers = nn.Linear(10, hidden), nn.ReLU(), nn.Linear(hidden, 1)
-    assert str(common.make_model(10, hidden)) == str(nn.Sequential(*layers))
-
-
-@each_script
-def test_dropout_draws_the_same_masks_after_going_on(goes_on, script):
-    script = edited(script, with_layer("torch.nn.Dropout(0.5)"))
-    file, loss = goes_on(script, "--rows=300")
-    X, y = standardise(make_table(300))
-    assert_close(loss, np.mean((X @ read_weights(file) - y) ** 2))  # without dropout
-    _, weights, _ = train_in_numpy(make_table(300), epochs=3)
-    assert np.abs(read_weights(file) - weights).max() > 1e-3
+def test_a_copy_takes_the_same_steps_and_resumes(resumed, edits, flag):
+    states = [
+        resumed(edited(script, *edits), "--rows=1037", flag) for script in SCRIPTS
+    ]
+    basic, accum, manual = (weights_in(state["model"]) for state in states)
+    if DROPOUT in edits:  # with masks of their own
+        assert np.abs(manual - basic).max() > 1e-3
+    else:
+        assert_equal(manual, basic)
+        assert_close(accum, basic)
+    for state in states:
+        assert state["model"].get("0.num_batches_tracked", 0) == 0
 
 
 class Numbers(torch.utils.data.Dataset):
     """Random inputs, drawn here or by a DataLoader's worker."""
+
+    def __len__(self):
+        return 32
 
     def __getitem__(self, rows):
         inputs = torch.rand(len(rows), 10) + np.random.rand() + random.random()
@@ -373,54 +424,57 @@ class Numbers(torch.utils.data.Dataset):
 
 @posix
 @parametrize("workers", [0, 1])
-def test_random_numbers_of_a_loader_are_the_same_again(goes_on, workers):
+def test_random_numbers_of_a_loader_are_the_same_again(resumed, workers):
     loader = ("(dataset, batch_size", f"(Numbers(), num_workers={workers}, batch_size")
     script = edited(train_basic, loader)
     script.Numbers = Numbers
-    goes_on(script, "--rows=32")
+    resumed(script, "--rows=32")
 
 
 def test_an_epoch_has_random_numbers_of_its_own_and_the_same_again():
     numbers = []
-    for seed, epoch in [(0, 1), (0, 1), (1, 0), (0, 2)]:
-        common.seed_epoch(seed, epoch)
+    for where in [(0, 1), (0, 1, 0), (1, 0), (0, 2), (0, 1, 1), (0, 2, 1)]:
+        common.seed_epoch(*where)
         numbers.append((torch.rand(1).item(), np.random.rand(), random.random()))
     first, again, *others = map(set, numbers)
     assert first == again
-    assert first.isdisjoint(set.union(*others))
+    assert len(set.union(first, *others)) == 5 * 3
 
 
 def test_without_the_marked_lines_it_is_the_same_for_one_process(run, tmp_path):
     text = pathlib.Path(train_accum.__file__).read_text(encoding="utf-8")
     marked = [(f"{line}\n", "") for line in text.splitlines() if "# processes" in line]
-    dropout = with_layer("torch.nn.Dropout(0.5)")
     file, file_without = tmp_path / "run.pt", tmp_path / "without.pt"
-    run(edited(train_accum, dropout), "--rows=1037", "--checkpoint", file)
-    script = edited(train_accum, *marked, dropout)
+    run(edited(train_accum, DROPOUT), "--rows=1037", "--checkpoint", file)
+    script = edited(train_accum, *marked, DROPOUT)
     run(script, "--rows=1037", "--checkpoint", file_without)
     assert_equal(read_weights(file_without), read_weights(file))
     assert not {"rank", "world_size"} & set(script.main.__code__.co_varnames)
 
 
-def test_main_runs_in_a_notebook_and_in_a_thread_and_returns_the_model(file):
+def test_main_runs_in_a_thread_of_a_notebook_and_returns_the_model(file):
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     with contextlib.redirect_stdout(io.StringIO()), ThreadPoolExecutor() as pool:
-        for script, flags in zip(SCRIPTS, [FLAGS, CUT_FLAGS, FLAGS]):
+        for script, flags in zip(SCRIPTS, [FLAGS, SPLIT_FLAGS, FLAGS]):
             flags = [*flags, f"--checkpoint={file}"]
             model = pool.submit(script.main, flags).result()
             assert_equal(weights_of(model), read_weights(file))
-            assert not model.training
+        [call] = re.findall(r"`(train_accum\.main\([^`]*\))`", README)
+        assert not eval(call).training
+    assert handlers == [signal.getsignal(number) for number in signal.valid_signals()]
 
 
 # ---- data
 # the first column is time stamps in nanoseconds, the third a constant
 SHIFTED = np.random.default_rng(0).integers(-99, 99, (40, 4)) * [2.0**30, 1e-9, 0, 1]
-TABLE = SHIFTED + np.array([1.7e18, 5, 0.1, 0])
+OFFSET = np.array([1.7e18, 5, 0.1, 0])
+TABLE = SHIFTED + OFFSET
 FORMS = [("a.csv.gz", '"a, b",2020-1,c,"y"'), ("a.csv", ""), ("A.NPY", None)]
+FORMS += [("a.csv", "inf,trt,nan,y"), pytest.param("pipe", "a,b,c,d", marks=posix)]
 
 
 @parametrize("name, header", FORMS)
 def test_a_file_of_any_form_is_the_same_table(run, file, name, header):
-    """The judge has the numbers without their offsets, which must not matter."""
     data = file.with_name(name)
     if header is None:
         with data.open("wb") as numpy_file:
@@ -428,91 +482,139 @@ def test_a_file_of_any_form_is_the_same_table(run, file, name, header):
     else:  # as a spreadsheet writes it: marked as UTF-8, with quotes
         style = {"header": header, "comments": "", "encoding": "utf-8-sig"}
         np.savetxt(data, TABLE, '"%.17g"', ",", "\r\n", **style)
+    if name == "pipe":
+        content = data.read_bytes()
+        data.unlink()
+        os.mkfifo(data)
+        threading.Thread(target=data.write_bytes, args=[content]).start()
     text = run(train_basic, "--data", data, "--checkpoint", file)
-    judge(text, file, SHIFTED)
+    judge(text, file, SHIFTED, offset=OFFSET)
     assert ("line 1 is a header" in text) == bool(header)
     assert ("line 1 is a row of numbers" in text) == (header == "")
-    state = torch.load(file)
-    std = np.where(SHIFTED.std(axis=0) == 0, 1, SHIFTED.std(axis=0))
-    assert_close((state["mean"].numpy() - TABLE.mean(axis=0)) / std, np.zeros(4))
-    assert_close(state["std"].numpy() / std, np.ones(4))
 
 
-NO_TABLES = [  # what is in the file, and what the error says
-    ("", "rows of 2 or more numbers are needed, not (0, 1)"),
-    ("a\n1\n2\n", "rows of 2 or more numbers are needed, not (2, 1)"),
-    ("a,b\n1,2\n3,x\n", "could not convert string 'x' to float64 at row 1, column 2"),
-    ("a,1\n1,2\n", "could not convert string 'a' to float64 at row 0, column 1"),
-    ("a,b\n1,2\n3,nan\n", "column 2: a number is nan, infinite or too large"),
-    ("a,b\n1,2\n3,2\n", "the last column, the target, is the same in all rows"),
-    (",a,b\n0,1,2\n1,3,4\n", "a column has no name"),
-    ("a,b\n0,1,2\n1,3,4\n", "a column has no name"),
-    (np.ones(3), "rows of 2 or more numbers are needed, not (3,)"),
-    (np.ones((3, 2), dtype=complex), "dtype('complex128')"),
-    (None, "not found"),
+@parametrize("cell", ["-1", "+2", "-1.5e-3", "1E5", ".5", "3.", " 7", '"8"'])
+def test_a_number_of_any_spelling_in_line_1_is_a_number(run, file, cell):
+    data = file.with_name("table.csv")
+    data.write_text(f"\n{cell},{cell}\n0,1\n")
+    assert "2 rows" in run(train_basic, "--data", data)
+
+
+# ---- what is refused
+class Code:
+    def __reduce__(self):
+        return open, ("opened", "w")  # a pickle may do this when it is loaded
+
+
+NO_NUMBER = "column 2: a number is nan, infinite or too large"
+FOREIGN = "error: --checkpoint .*run.pt: damaged, or not from here"
+FOLDER_FAULT = "error: --checkpoint .*/run.pt: cannot write to its folder: "
+REFUSED = [  # a file, or flags and edits of a run before; flags; what the error says
+    *[
+        (None, f"{flag}={value}", f"argument {flag}: .*{value}")
+        for value, flags in {
+            "0": "--batch-size --accumulation-steps --rows --epochs --lr",
+            "-1": "--hidden --seed --log-every",
+            "1.5": "--batch-size",
+            "nan": "--lr",
+            "x": "--lr",
+            "tpu": "--device",
+        }.items()
+        for flag in flags.split()
+    ],
+    (None, "--batch=4", "unrecognized arguments: --batch=4"),
+    (None, "--data=t.csv --rows=9", "--rows: not allowed with argument --data"),
+    (None, "--device=cuda:2", "cuda:2 is not here, only cpu, cuda:0, cuda:1$"),
+    (None, "--lr=1e30", "error: epoch 1: a weight is not finite; try a lower --lr"),
+    (None, "--data=t.csv", "error: --data t.csv: .*not found"),
+    ("", "--data=t.csv", r"2 or more .* not \(0, 1\)"),
+    ("a\n1\n2\n", "--data=t.csv", r"2 or more .* not \(2, 1\)"),
+    ("a,b\n1,2\n3,x\n", "--data=t.csv", "'x' to float64 at row 1, column 2"),
+    ("a,1\n1,2\n", "--data=t.csv", "'a' to float64 at row 0, column 1"),
+    ("a,b\n1,2\n3,nan\n", "--data=t.csv", f"error: --data t.csv: {NO_NUMBER}"),
+    ("a,b\n1,2\n3,2\n", "--data=t.csv", "the target, is the same in all rows"),
+    (",a,b\n0,1,2\n1,3,4\n", "--data=t.csv", "a column has no name"),
+    ("a,b\n0,1,2\n1,3,4\n", "--data=t.csv", "a column has no name"),
+    (np.ones(3), "--data=t.npy", r"2 or more .* not \(3,\)"),
+    (np.ones((3, 2)) * 1j, "--data=t.npy", "complex128"),
+    (None, "--checkpoint=missing/run.pt", FOLDER_FAULT),
+    (None, "--checkpoint=/proc/run.pt", FOLDER_FAULT),
+    (torch.ones(3), "", FOREIGN),
+    ({"settings": {}, "epoch": 1}, "", FOREIGN),
+    ({"settings": "x"}, "", FOREIGN),
+    ({"settings": "x", "epoch": "y"}, "", FOREIGN),
+    (Code(), "", FOREIGN),
+    ({"settings": "x", "epoch": 0}, "", "^-x$"),
+    (["--lr=0.1"], "", r"^\+'lr': 0.05,$"),
+    (["--seed=1"], "", "^-'seed': 1}$"),
+    (["--batch-size=9"], "", r"^\+'rows per step': 32,$"),
+    (["--rows=999"], "", r"^-{'data': \['torch.float32 \(999, 10\), crc32 "),
+    ([("parts, X, y)", "parts, X, -y)")], "", r"^-'torch.float32 \(1000, 1\), crc32 "),
+    (["--hidden=1"], "", r"^-'  \(1\): ReLU\(\)',$"),
+    ([ADAMW], "", r"^\+'optimizer': {'class': 'SGD',$"),
+    ([TENSOR_RATE], "", "^-'lr': 0.0500000"),
+    ([(PARTS, PARTS + MORE_PARTS)], "", "^-'scheduler': {'T_max': 2,$"),
+    (["--epochs=3"], "", "error: 3 epochs are done, more than --epochs"),
 ]
 
 
-@parametrize("content, said", NO_TABLES)
+@parametrize("content, flags, said", REFUSED)
 @pytest.mark.filterwarnings("ignore:loadtxt")
-def test_what_is_no_table_is_refused(refused, tmp_path, content, said):
-    data = tmp_path / "table.csv"
-    if isinstance(content, str):
-        data.write_text(content)
-    elif content is not None:
-        data = tmp_path / "table.npy"
-        np.save(data, content)
-    error = refused(train_basic, "--data", data)
-    assert error.startswith(f"error: --data {data}: ")
-    assert said in error
-
-
-# ---- flags and program
-WRONG_FLAGS = {  # value: flags
-    "0": ["--batch-size", "--accumulation-steps", "--rows", "--epochs", "--lr"],
-    "-1": ["--hidden", "--seed", "--log-every"],
-    "1.5": ["--batch-size"],
-    "nan": ["--lr"],
-    "x": ["--lr"],
-    "tpu": ["--device"],
-}
-
-
-@parametrize("value, flags", WRONG_FLAGS.items())
-def test_a_wrong_flag_is_told_with_its_name_and_value(refused, value, flags):
-    for flag in flags:
-        error = refused(train_accum, f"{flag}={value}")
-        assert f"argument {flag}: " in error
-        assert value in error
-
-
-OTHER_ENDS = [
-    ("--batch=4", "unrecognized arguments: --batch=4"),
-    ("--data=a.csv --rows=9", "argument --rows: not allowed with argument --data"),
-    ("--checkpoint=missing/run.pt", "missing/run.pt: cannot write to its folder: "),
-    ("--lr=1e30", "error: epoch 1: a weight is not finite; try a lower --lr"),
-]
-
-
-@parametrize("flags, said", OTHER_ENDS)
-def test_an_impossible_run_is_refused(refused, tmp_path, monkeypatch, flags, said):
+def test_what_must_not_run_is_refused(
+    run, refused, tmp_path, monkeypatch, content, flags, said
+):
+    """It is said in a line or line by line, before anything is loaded or changed."""
     monkeypatch.chdir(tmp_path)
-    assert said in refused(train_accum, *flags.split())
-    assert os.listdir() == []
+    if isinstance(content, str):
+        pathlib.Path("t.csv").write_text(content)
+    elif isinstance(content, np.ndarray):
+        np.save("t.npy", content)
+    elif isinstance(content, list):
+        flags_before = [change for change in content if isinstance(change, str)]
+        edits = [change for change in content if isinstance(change, tuple)]
+        run(edited(train_accum, *edits), "--checkpoint=run.pt", *flags_before)
+    elif content is not None:
+        torch.save(content, "run.pt")
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.delattr(nn.Module, "load_state_dict")
+    monkeypatch.delattr(torch.optim.Optimizer, "load_state_dict")
+    believe_in(2, monkeypatch)
+    error = refused(train_accum, *flags.split() or ["--checkpoint=run.pt"])
+    assert re.search(said, error, re.MULTILINE)
+    first, *others = error.splitlines()
+    if not first.startswith("usage: "):
+        assert first.startswith("error: ")
+        assert {line[0] for line in others} <= {"-", "+"}
+    assert "weights_only" not in error
+    assert files == {file: file.read_bytes() for file in tmp_path.iterdir()}
 
 
-@posix
-def test_lines_come_at_once_and_signals_end_each_script(tmp_path):
-    """No step is printed: the lines are too few to fill a buffer."""
-    processes = [
-        start(tmp_path, script.__file__, "--epochs=5000", "--log-every=0")
-        for script in SCRIPTS
-    ]
-    for process in processes:
-        assert " rows, " in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=HANG)
-        assert error.endswith("KeyboardInterrupt\n")
+@parametrize("damage", ["cut off", "altered"])
+def test_a_damaged_file_is_refused(run, refused, file, damage):
+    run(train_basic, "--checkpoint", file)
+    content = file.read_bytes()
+    weights = torch.load(file)["model"]["weight"].numpy().tobytes()
+    if damage == "cut off":
+        content = content[:-9]
+    else:
+        content = content.replace(weights, bytes(len(weights)))
+    file.write_bytes(content)
+    assert re.search(FOREIGN, refused(train_basic, "--checkpoint", file))
+    assert file.read_bytes() == content
+
+
+@parametrize("name", ["seed", "data", "epoch", "settings", "mean"])
+def test_a_part_cannot_have_the_name_of_something_else(run, file, name):
+    script = edited(train_basic, (PARTS, PARTS + f"    parts['{name}'] = optimizer\n"))
+    with pytest.raises(TypeError, match=name):
+        run(script, "--checkpoint", file)
+    assert not file.exists()
+
+
+def test_data_of_any_type_are_compared():
+    numbers = torch.arange(2.0).bfloat16()
+    texts = {common.describe(data) for data in (numbers, numbers.flip(0), *numbers)}
+    assert len(texts) == 4
 
 
 def test_peak_memory_is_what_the_system_counts():
@@ -533,21 +635,29 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(file, monkeypatch):
     save(file, nn.Linear(9, 1))
     before = file.read_bytes()
     sizes = []
+    names = set()
 
     def fsync(descriptor):
         assert file.read_bytes() == before
         sizes.append(os.fstat(descriptor).st_size)
+        names.update(os.listdir(file.parent))
+        if len(sizes) == 2:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", fsync)
-    save(file, nn.Linear(99, 1), epochs=2)
+    save(file, nn.Linear(9, 1), epochs=1)
+    before = file.read_bytes()
     assert sizes == [file.stat().st_size]
-    assert torch.load(file)["epoch"] == 2
+    with pytest.raises(KeyboardInterrupt):
+        save(file, nn.Linear(99, 1), epochs=2)
     assert os.listdir(file.parent) == ["run.pt"]
+    assert torch.load(file)["epoch"] == 1
+    assert len(names) == 3  # another temporary file in each run
 
 
 @posix
 @parametrize("size", [100, 5000])  # torch and Python report it in other ways
-def test_a_full_disk_is_told_and_leaves_what_was_there(run, refused, file, size):
+def test_a_full_disk_is_reported_and_leaves_what_was_there(run, refused, file, size):
     resource = pytest.importorskip("resource")
     flags = ["--hidden=999", "--lr=0.001", f"--checkpoint={file}"]
     run(train_basic, *flags)
@@ -560,8 +670,8 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(run, refused, file, size)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert f"{file}: epoch 3 is not saved (" in error
     assert "the disk is full" in error
-    assert os.listdir(file.parent) == ["run.pt"]
     assert file.read_bytes() == before
+    assert os.listdir(file.parent) == ["run.pt"]
 
 
 @parametrize("fault", [np.float64(0.1), lambda: 0.1, "a weight"])
@@ -575,56 +685,21 @@ def test_what_cannot_be_used_again_is_not_saved(file, fault):
         said = "epoch 2: a weight is not finite"
     else:
         optimizer.param_groups[0]["lr"] = fault
-        said = "epoch 2 is not saved .*a state_dict"
+        said = "epoch 2 is not saved .* a state_dict"
     with pytest.raises(SystemExit, match=said):
         save(file, model, epochs=2, optimizer=optimizer)
     assert torch.load(file)["epoch"] == 1
+    assert os.listdir(file.parent) == ["run.pt"]
 
 
-class Code:
-    def __reduce__(self):
-        return open, ("opened", "w")  # a pickle may do this when it is loaded
-
-
-@parametrize("content", ["cut off", torch.ones(3), {"settings": {}}, Code()])
-def test_a_foreign_file_is_refused_and_kept(run, refused, file, monkeypatch, content):
-    monkeypatch.chdir(file.parent)
-    if content == "cut off":
-        run(train_basic, "--checkpoint", file)
-        file.write_bytes(file.read_bytes()[:-9])
-    else:
-        torch.save(content, file)
-    before = file.read_bytes()
-    error = refused(train_basic, "--checkpoint=run.pt")
-    assert "run.pt: damaged, or not from here" in error
-    assert "weights_only" not in error
-    assert file.read_bytes() == before
-    assert os.listdir() == ["run.pt"]
-
-
-CHANGES = [  # an edit and a flag of the first run, and a line of the second one's error
-    ([], "--lr=0.1", "+'lr': 0.05,"),
-    ([], "--seed=1", "-'seed': 1}"),
-    ([], "--batch-size=9", "+'rows per step': 32,"),
-    ([], "--rows=999", "-{'data': ['torch.float32 (999, 10), crc32 "),
-    ([], "--hidden=1", "-'  (1): ReLU()',"),
-    ([ADAMW], "--lr=0.05", "+'optimizer': {'class': 'SGD',"),
-    ([(PARTS, PARTS + MORE_PARTS)], "--lr=0.05", "-'scheduler': {'T_max': 2,"),
-    ([], "--epochs=3", "error: 3 epochs are done, more than --epochs"),
-]
-
-
-@parametrize("edits, flag, line", CHANGES)
-def test_other_settings_are_refused(run, refused, monkeypatch, file, edits, flag, line):
-    """They are told line by line, before anything is loaded."""
-    run(edited(train_basic, *edits), "--checkpoint", file, flag)
-    before = file.read_bytes()
-    monkeypatch.delattr(nn.Module, "load_state_dict")
-    monkeypatch.delattr(torch.optim.Optimizer, "load_state_dict")
-    lines = refused(train_basic, "--checkpoint", file).splitlines()
-    assert any(told.startswith(line) for told in lines)
-    assert {told[0] for told in lines[1:]} <= {"-", "+"}
-    assert file.read_bytes() == before
+def test_a_file_from_a_gpu_is_loaded_without_one(run, file, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        run(train_basic, "--epochs=1", "--checkpoint", file)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(file)
+    text = run(train_basic, "--checkpoint", file)
+    judge(text, file, make_table(1000), done=1)
 
 
 # ---- device
@@ -640,7 +715,7 @@ DEVICES = [  # accelerators, processes, --device, what the second process gets
 
 
 def believe_in(count, monkeypatch):
-    """Let torch see so many GPUs."""
+    """Let torch see N GPUs."""
     device = torch.device("cuda") if count > 0 else None
     accelerator = torch.accelerator
     monkeypatch.setattr(accelerator, "device_count", lambda: count)
@@ -657,10 +732,36 @@ def test_a_process_picks_its_device(monkeypatch, count, processes, name, device)
     assert common.pick_device(name) == torch.device(device)
 
 
-def test_a_device_that_is_not_there_is_told_with_those_that_are(monkeypatch, refused):
-    believe_in(2, monkeypatch)
-    error = refused(train_basic, "--device=cuda:2")
-    assert "cuda:2 is not here, only cpu, cuda:0, cuda:1\n" in error
+@pytest.fixture
+def trains_on_a_device(run, monkeypatch):
+    """Return a function that trains on another device, of which numbers are not read.
+
+    PyTorch refuses to mix the two: whatever is not moved there is an error.
+    """
+
+    def trains_on_a_device(script, *flags):
+        saved = []
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "pick_device", lambda name: torch.device("meta"))
+            patch.setattr(common, "mean_loss", lambda *args: 1.0)
+            patch.setattr(common, "print_end", lambda *args: None)
+            patch.setattr(
+                common, "save_checkpoint", lambda *args, **_: saved.append(args)
+            )
+            run(script, "--rows=199", "--log-every=0", *flags)
+        for _, settings, parts, _ in saved:
+            assert "meta" not in settings
+            assert {weight.device.type for weight in parts["model"].parameters()} == {
+                "meta"
+            }
+
+    return trains_on_a_device
+
+
+@each_script
+@parametrize("edits", [[], [*YOUR_OWN[2:], TENSOR_RATE]], ids=["as it is", "your own"])
+def test_each_script_trains_on_a_device(trains_on_a_device, script, edits):
+    trains_on_a_device(edited(script, *edits))
 
 
 # ---- processes
@@ -673,11 +774,12 @@ def worker(environment, folder, flags, edits):
     os.chdir(folder)
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     may_restart = restarts < int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
-    facts = {"rows": 0, "reductions": 0, "seeds": set(), "error": None}
+    facts = {"rows": 0, "reductions": 0, "seeds": set(), "prefix": None, "error": None}
 
     def count_rows(_, inputs):
         facts["rows"] += len(inputs[0])
-        facts["seeds"].add(torch.initial_seed())
+        numpy_seed = int(np.random.get_state()[1][1])
+        facts["seeds"].add((torch.initial_seed(), numpy_seed, random.getstate()[1][1]))
 
     def count_reductions(_, bucket):
         facts["reductions"] += 1
@@ -691,11 +793,17 @@ def worker(environment, folder, flags, edits):
         model.register_comm_hook(None, count_reductions)
         return model
 
+    class PrefixStore(torch.distributed.PrefixStore):
+        def __init__(self, prefix, store):
+            facts["prefix"] = prefix
+            super().__init__(prefix, store)
+
     script = edited(train_accum, *edits)
     script.DistributedDataParallel = watched
+    torch.distributed.PrefixStore = PrefixStore
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
-            flags = [*CUT_FLAGS, "--checkpoint=run.pt", *flags]
+            flags = [*SPLIT_FLAGS, "--checkpoint=run.pt", *flags]
             facts["model"] = str(script.main(flags))
         except SystemExit as end:
             facts["error"] = end.code
@@ -739,13 +847,16 @@ def test_three_processes_share_each_batch(file):
     judge(facts[0]["printed"], file, make_table(100), rows_per_step=21)
     assert sum(fact["rows"] for fact in facts) == 2 * 100
     assert [fact["reductions"] for fact in facts] == [2 * 5] * 3  # one a step
-    assert len(set.union(*(fact["seeds"] for fact in facts))) == 2 * 3
+    for seeds in zip(*set.union(*(fact["seeds"] for fact in facts))):
+        assert len(set(seeds)) == 2 * 3  # of torch, of numpy and of random
+    assert {seed for seed, _, _ in facts[0]["seeds"]} == {seed_of(0, 0), seed_of(0, 1)}
     assert [fact["printed"] for fact in facts[1:]] == ["", ""]
     assert {fact["model"] for fact in facts} == {str(nn.Linear(10, 1))}
+    assert {fact["prefix"] for fact in facts} == {"0"}
 
 
 @posix
-def test_two_machines_go_on_from_the_file_of_the_first(run, tmp_path):
+def test_two_machines_resume_from_the_file_of_the_first(run, tmp_path):
     """A micro-batch has a single row, so one of the shares is empty."""
     machines = []
     for name in ("first", "second"):
@@ -759,6 +870,7 @@ def test_two_machines_go_on_from_the_file_of_the_first(run, tmp_path):
     zero, one = run_processes(*machines, machines=2)
     judge(zero["printed"], file, make_table(33), rows_per_step=4, done=1)
     assert zero["rows"] + one["rows"] == 33
+    assert zero["prefix"] is one["prefix"] is None  # each counts its own restarts
     assert os.listdir(tmp_path / "second") == ["second.npy"]
 
 
@@ -797,13 +909,16 @@ def test_a_killed_process_costs_its_epoch_at_most(file):
     assert zero["threads"] == one["threads"] == 1
 
 
-@parametrize("script", [train_basic, train_manual])
-def test_scripts_for_one_process_refuse_several(run, refused, monkeypatch, script):
-    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.setenv(name, "1")
-    run(script)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "error: this script is for one process" in refused(script)
+def test_scripts_for_one_process_refuse_several(run, refused, file, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")  # left over, without torchrun
+    judge(run(train_accum, "--checkpoint", file), file, make_table(1000))
+    for script in (train_basic, train_manual):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        assert "error: this script is for one process" in refused(script)
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        run(script)
+        monkeypatch.setenv("WORLD_SIZE", "2")
 
 
 # ---- README
@@ -841,8 +956,8 @@ LOOPS = {  # edits, and the loss function
 @parametrize("edits, loss_fn", LOOPS.values(), ids=LOOPS.keys())
 def test_the_loop_to_copy_takes_the_steps_of_whole_batches(capsys, edits, loss_fn):
     block = replaced(LOOP, *edits)
-    cut, whole = {}, {}
-    exec(block, cut)
+    split, whole = {}, {}
+    exec(block, split)
     setup, _, _ = block.partition("for epoch")
     exec(setup, whole)
     model, optimizer = whole["model"], whole["optimizer"]
@@ -854,12 +969,24 @@ def test_the_loop_to_copy_takes_the_steps_of_whole_batches(capsys, edits, loss_f
             loss = loss_fn(model(inputs), targets)
             loss.backward()
             optimizer.step()
-    assert_close(weights_of(cut["model"]), weights_of(model))
+    assert_close(weights_of(split["model"]), weights_of(model))
     assert_close(float(capsys.readouterr().out.split()[-1]), loss.item())
 
 
-def test_no_micro_batch_of_the_loop_to_copy_is_too_short_for_a_batch_norm():
-    exec(replaced(LOOP, (LINEAR, NORM)), {})
+def test_the_loop_to_copy_keeps_little_and_survives_a_step_of_padding():
+    """No micro-batch is too short for a BatchNorm, either."""
+    kept = set()
+    for steps in (1, 9):
+        edits = [
+            (LINEAR, NORM),
+            ("range(10)", "range(1)"),
+            ("steps = 4", f"steps = {steps}"),
+        ]
+        kept.add(most_tensors_kept(exec, replaced(LOOP, *edits), {}))
+    assert len(kept) == 1
+    names = {}
+    exec(replaced(LOOP, *CLASSES, *PADDING, ("y[::3] = -100", "y[:] = -100")), names)
+    assert np.isfinite(weights_of(names["model"])).all()
 
 
 def recipe(title):
@@ -867,86 +994,154 @@ def recipe(title):
     [diff] = [block for kind, block in SECTIONS[title] if kind == "diff"]
     edits = []
     for change in diff.split("@@\n"):
-        lines = change.splitlines(keepends=True)
-        old = "".join(line[1:] for line in lines if line[0] in " -")
-        new = "".join(line[1:] for line in lines if line[0] in " +")
+        lines = [line or " " for line in change.splitlines()]
+        old = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
+        new = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
         edits.append((old, new))
     return edits
 
 
-def plain_data(rows):
+def synthetic(rows):
     """Return the scripts' inputs and targets."""
     return common.get_data(types.SimpleNamespace(data=None, rows=rows))[:2]
 
 
-def train_plainly(
-    X,
-    y,
-    *layers,
-    width=1,
-    loss_fn=F.mse_loss,
-    max_norm=np.inf,
-    steps=10**9,
-    penalty=0,
-    lr=0.05,
-    epochs=3,
-    bf16=False,
-):
-    """Train with whole batches of 32 rows; return a linear model behind some layers.
+def images(rows):
+    """Return the items of the README's own Dataset."""
+    items = torch.arange(rows)
+    return (items / rows).view(-1, 1, 1, 1).expand(-1, 3, 8, 8), items % 10
 
-    `max_norm` is of the gradient, `steps` of a cosine schedule.
-    """
-    torch.manual_seed(0)
-    model = nn.Sequential(*layers, nn.Linear(X[0].numel(), width))
+
+DATASET = "Your own Dataset"
+TENSORS = "Your own tensors or table, and a prediction"
+SCHEDULE = "Clipping, warm-up and a schedule"
+VALIDATION = "Validation, the best model, stopping early"
+SAVES = "Saving within an epoch"
+PENALTY = "A second term in the loss"
+FREEZING = "Freezing and unfreezing"
+TOGETHER = [SCHEDULE, VALIDATION, SAVES, PENALTY]
+RECIPES = [[VALIDATION], ["bf16"], [FREEZING]]
+RECIPES += [TOGETHER, [DATASET, *TOGETHER], [TENSORS, *TOGETHER]]
+SMALLER = {  # 65 rows for training, so the last step has a single one; two saves
+    DATASET: [("return 1000", "return 165"), ("/ 1000", "/ 165")],
+    TENSORS: [
+        ("64_000).view(1000", "64 * 165).view(165"),
+        ("1000) // 100", "165) % 9"),
+    ],
+    SAVES: [("10 * args.batch_size", "2 * args.batch_size")],
+}
+SMALLER[DATASET] += [(", num_workers=2", "")]
+
+
+def train_plainly(model, X, y, loss_fn, recipes, lr, epochs):
+    """Train with whole batches of 32 rows; return the weights after each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    steps = []
+    total = epochs * math.ceil(len(X) / 32)
+    top = 0.1 * total - 1  # the step with the highest rate
     for epoch in range(epochs):
         common.seed_epoch(0, epoch)
         for rows in torch.randperm(len(X)).split(32):
             optimizer.zero_grad()
-            norm = sum(weight.abs().sum() for weight in model.parameters())
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in recipes):
                 outputs = model(X[rows])
-            loss = loss_fn(outputs.float(), y[rows]) + penalty * norm
+            loss = loss_fn(outputs.float(), y[rows])
+            if PENALTY in recipes:
+                loss += 0.01 * sum(weight.abs().sum() for weight in model.parameters())
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            if FREEZING in recipes and epoch < 2:
+                model[0].zero_grad()
+            if SCHEDULE in recipes:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                step = len(steps)
+                low, part = lr / 25, step / top
+                if step > top:
+                    low, part = lr / 25e4, (total - 1 - step) / (total - 1 - top)
+                rate = low + (lr - low) * (1 - math.cos(math.pi * part)) / 2
+                optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
-            scheduler.step()
-    return model
+            steps.append(weights_of(model))
+    return steps
 
 
-OWN = [  # targets, loss function
-    ("torch.arange(1000) // 100", "F.cross_entropy"),
-    ("torch.arange(10_000).view(1000, 10) % 7 / 7", "F.mse_loss"),
-]
+def first_model(recipes):
+    """Return the loss, the data and the first model of a script with some recipes."""
+    if DATASET in recipes:
+        return (
+            F.cross_entropy,
+            *images(165),
+            nn.Sequential(nn.Flatten(1), nn.Linear(192, 10)),
+        )
+    if TENSORS in recipes:
+        X = torch.linspace(-1, 1, 64 * 165).view(165, 1, 8, 8)
+        y = torch.arange(165) % 9
+        return F.cross_entropy, X, y, nn.Sequential(nn.Flatten(1), nn.Linear(64, 10))
+    if FREEZING in recipes:
+        model = nn.Sequential(nn.Linear(10, 3), nn.ReLU(), nn.Linear(3, 1))
+        return F.mse_loss, *synthetic(165), model
+    return F.mse_loss, *synthetic(165), nn.Linear(10, 1)
 
 
-@parametrize("targets, loss_fn", OWN, ids=["classes", "several targets"])
-def test_the_recipe_for_data_of_ones_own(goes_on, targets, loss_fn):
-    edits = [(OWN[0][0], targets), (OWN[0][1], loss_fn)]
-    script = edited(train_accum, *recipe("Your own model, data and classes"), *edits)
-    file, loss = goes_on(script)
-    X = torch.linspace(-1, 1, 64_000).view(1000, 1, 8, 8)
-    y, loss_fn = eval(targets), eval(loss_fn)
-    model = train_plainly(X, y, nn.Flatten(1), width=10, loss_fn=loss_fn)
-    assert_close(read_weights(file), weights_of(model))
-    assert_close(loss, loss_fn(model(X), y).item())
+def validate(model, saved, loss_fn, X, y):
+    """Return the number of the best weights, and of those at which training stops."""
+    losses = []
+    for weights in saved:
+        nn.utils.vector_to_parameters(torch.tensor(weights), model.parameters())
+        losses.append(loss_fn(model(X), y).item())
+        best = int(np.argmin(losses))
+        if len(losses) == best + 6:  # five without a better one
+            break
+    return best, len(losses) - 1
 
 
-def test_the_recipe_for_clipping_and_a_schedule(goes_on):
-    script = edited(train_accum, *recipe("Clipping and a schedule"))
-    file, _ = goes_on(script, "--rows=1037")
-    model = train_plainly(*plain_data(1037), max_norm=1.0, steps=3 * 33)
-    assert_close(read_weights(file), weights_of(model))
-    assert_close(torch.load(file)["optimizer"]["param_groups"][0]["lr"], 0)
+@parametrize("recipes", RECIPES, ids="+".join)
+def test_recipes_take_the_steps_of_a_plain_loop(
+    run, resumed, trains_on_a_device, monkeypatch, tmp_path, recipes
+):
+    """Also after kills, with whole batches, and over two processes."""
+    monkeypatch.chdir(tmp_path)
+    edits = [
+        edit for title in recipes for edit in recipe(title) + SMALLER.get(title, [])
+    ]
+    script = edited(train_accum, *edits)
+    epochs, lr = 5, 0.05
+    if recipes == [VALIDATION]:  # so high that it soon gets worse
+        epochs, lr = 12, 0.46
+    tolerance = 1e-3 if "bf16" in recipes else 1e-5
+    flags = ["--rows=165", f"--epochs={epochs}", f"--lr={lr}", "--checkpoint=run.pt"]
+    flags += ["--hidden=3"] if FREEZING in recipes else []
 
+    torch.manual_seed(0)
+    training = torch.arange(165)
+    if VALIDATION in recipes:
+        validation, training = torch.randperm(165).split([100, 65])
+    loss_fn, X, y, model = first_model(recipes)
+    steps = train_plainly(model, X[training], y[training], loss_fn, recipes, lr, epochs)
+    ends = (np.arange(len(steps)) + 1) % math.ceil(len(training) / 32)
+    saved = [
+        step
+        for step, end in zip(steps, ends)
+        if end == 0 or (SAVES in recipes and end % 2 == 0)
+    ]
+    last = len(saved) - 1
+    if VALIDATION in recipes:
+        best, last = validate(model, saved, loss_fn, X[validation], y[validation])
 
-def test_the_recipe_for_bf16(goes_on):
-    file, _ = goes_on(edited(train_accum, *recipe("bf16")))
-    model = train_plainly(*plain_data(1000), bf16=True)
-    assert_close(read_weights(file), weights_of(model), 1e-3)
-    exact = train_plainly(*plain_data(1000))
-    assert np.abs(read_weights(file) - weights_of(exact)).max() > 1e-4
+    if "bf16" not in recipes:
+        trains_on_a_device(script, *flags)
+    state = resumed(script, *flags)
+    assert state["epoch"] == last + 1
+    assert_close(weights_in(state["model"]), saved[last], tolerance)
+    run(script, *flags, "--batch-size=32", "--accumulation-steps=1")
+    assert_close(read_weights("run.pt"), saved[last], tolerance)
+    if os.name == "posix":
+        os.remove("run.pt")
+        run_processes((tmp_path, *flags), (tmp_path, *flags), edits=edits)
+        assert_close(read_weights("run.pt"), saved[last], tolerance)
+    if VALIDATION in recipes:
+        [code] = re.findall(r"`(model\.load_state_dict\([^`]*\))`", README)
+        exec(code)
+        assert_close(weights_of(model), saved[best])
 
 
 class SmallMemory(nn.Linear):
@@ -972,55 +1167,14 @@ class SmallMemory(nn.Linear):
         raise torch.OutOfMemoryError
 
 
-def test_the_recipe_for_out_of_memory(run, goes_on, file):
+def test_the_recipe_for_out_of_memory(run, resumed, file, trains_on_a_device):
     edits = [*recipe("Out of memory"), (MODEL, "SmallMemory(10, 1)")]
     script = edited(train_basic, *edits)
     script.SmallMemory = SmallMemory
     text = run(script, "--rows=1037", "--checkpoint", file)
     judge(text, file, make_table(1037))
-    goes_on(script, "--rows=1037", tolerance=1e-5)
-
-
-class Awake(nn.Identity):
-    """A layer that must be in train() while it trains."""
-
-    def forward(self, inputs):
-        assert self.training or not torch.is_grad_enabled()
-        return inputs
-
-
-def test_the_recipe_for_validation_and_keeping_the_best(goes_on):
-    """The rate is so high that the second of three epochs is the best."""
-    layers = with_layer("torch.nn.BatchNorm1d(10).eval(), Awake()")
-    edits = [*recipe("Validation, and keeping the best"), layers]
-    script = edited(train_accum, *edits)
-    script.Awake = Awake
-    file, _ = goes_on(script, "--rows=220", "--lr=0.48")
-    X, y = plain_data(220)
-    validated = []
-    for epochs in (1, 2, 3):
-        layers = nn.BatchNorm1d(10).eval(), Awake()
-        model = train_plainly(X[:-100], y[:-100], *layers, lr=0.48, epochs=epochs)
-        loss = F.mse_loss(model(X[-100:]), y[-100:]).item()
-        validated.append((loss, epochs, weights_of(model)))
-    best_loss, epochs, best_weights = min(validated)
-    assert epochs == 2
-    state = torch.load(file)
-    assert_close(state["best"].pop("loss").item(), best_loss)
-    model.load_state_dict(state["best"])
-    assert_close(weights_of(model), best_weights)
-    assert state["model"]["0.num_batches_tracked"] == 0
-
-
-@posix
-def test_the_recipe_for_a_second_term(goes_on, tmp_path):
-    edits = recipe("A second term in the loss")
-    file, _ = goes_on(edited(train_accum, *edits), "--rows=300")
-    model = train_plainly(*plain_data(300), penalty=0.01)
-    assert_close(read_weights(file), weights_of(model))
-    process = (tmp_path, "--rows=300", "--epochs=3", "--checkpoint=shared.pt")
-    run_processes(process, process, edits=edits)
-    assert_close(read_weights(tmp_path / "shared.pt"), weights_of(model))
+    resumed(script, "--rows=1037", tolerance=1e-5)
+    trains_on_a_device(edited(train_basic, *recipe("Out of memory")))
 
 
 def test_the_flags_of_each_command_are_right():
@@ -1033,7 +1187,7 @@ def test_the_flags_of_each_command_are_right():
 
 
 @posix
-@parametrize("title", ["Proof", "Your own table, and a prediction"])
+@parametrize("title", ["Proof", "Your own tensors or table, and a prediction"])
 def test_the_commands_and_blocks_of_a_section_run(tmp_path, monkeypatch, title):
     monkeypatch.chdir(tmp_path)
     for kind, block in SECTIONS[title]:
