@@ -200,8 +200,8 @@ def get_settings(args, parts, *data):
     """Return what decides the training, as a text. Call it before the first step.
 
     `parts` is a dict of "model", "optimizer" and whatever else has a state_dict().
-    `data` are the tensors to train on. Raises TypeError if a part is named like another
-    setting, "seed" or "data".
+    `data` are the tensors to train on. Raises TypeError if a part is named "seed" or
+    "data", like a setting.
     """
     settings = {
         "seed": args.seed,
@@ -278,10 +278,7 @@ def refuse_changes(whose, old, new):
 
 
 def read_checkpoint(path):
-    """Return the dict in a file, None if there is no file, or a text: what is wrong.
-
-    A folder that cannot be written to is wrong, too.
-    """
+    """Return the dict in a file, None if there is none, or a text: why it is no use."""
     if path is None:
         return None
     try:
@@ -294,7 +291,7 @@ def read_checkpoint(path):
         return None
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch does not compare the checksums
+            if archive.testzip():  # compares the checksums, as torch does not
                 raise ValueError
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         if (type(state["settings"]), type(state["epoch"])) != (str, int):
@@ -306,11 +303,11 @@ def read_checkpoint(path):
 
 
 def save_checkpoint(args, settings, parts, epochs, **more):
-    """Replace the file --checkpoint after N epochs, as a whole or not at all.
+    """Replace the file --checkpoint, whole or not at all, after a number of epochs.
 
     `more` is saved beside the parts. Ends the program if a weight of parts["model"] is
-    not finite, or if the file cannot be written, or not be loaded again. Raises
-    TypeError if a name is used twice. Without --checkpoint, writes nothing.
+    not finite, or if the file cannot be written, or be loaded again. Raises TypeError
+    if a name is used twice. Without --checkpoint, writes nothing.
     """
     for weight in parts["model"].parameters():
         if not weight.isfinite().all():
@@ -416,17 +413,15 @@ def print_start(args, rows, first_epoch):
 def mean_loss(args, parts, dataset, loss_fn):
     """Return the mean loss of a dataset by parts["model"] in eval().
 
-    Computes --batch-size rows at a time: dataset[rows] are their inputs and targets,
-    `loss_fn(outputs, targets)` is their mean loss. Leaves each layer in train() or
-    eval(), as it was. All processes must call this, and get the same number.
+    dataset[rows] are inputs and targets, `loss_fn(outputs, targets)` their mean loss.
+    Leaves each layer in train() or eval(), as it was. All processes must call this.
     """
     model = parts["model"]
     modes = [(layer, layer.training) for layer in model.modules()]
     model.eval()
     loss = 0.0
     for rows in torch.arange(len(dataset)).split(args.batch_size):
-        inputs, targets = dataset[rows]
-        inputs, targets = inputs.to(args.device), targets.to(args.device)
+        inputs, targets = (part.to(args.device) for part in dataset[rows])
         loss += loss_fn(model(inputs), targets).item() * len(rows) / len(dataset)
     for layer, training in modes:
         layer.training = training
