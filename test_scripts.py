@@ -7,7 +7,6 @@ The judge is train_plainly(), a loop over whole batches: its steps, losses and w
 are compared with those of the scripts, and of copies with the README's recipes.
 """
 
-import atexit
 import contextlib
 import io
 import json
@@ -25,7 +24,7 @@ import sys
 import threading
 import types
 import weakref
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -34,6 +33,7 @@ import torch.nn.functional as F
 from numpy.testing import assert_allclose, assert_equal
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 import common
@@ -229,7 +229,7 @@ def resumed(run, tmp_path, monkeypatch):
         file = tmp_path / f"{script.__name__}.pt"
         killed = tmp_path / f"{script.__name__}.killed.pt"
         flags = ["--epochs=3", *flags, "--checkpoint"]
-        _, loss = read(run(script, *flags, file))
+        steps, loss = read(run(script, *flags, file))
         state = torch.load(file)
         with monkeypatch.context() as patch:
             patch.setattr(common, "save_checkpoint", save_and_die)
@@ -237,6 +237,7 @@ def resumed(run, tmp_path, monkeypatch):
                 with pytest.raises(KeyboardInterrupt):
                     run(script, *flags, killed)
         text = run(script, *flags, killed)
+        assert_close(read(text)[0], steps, tolerance)
         assert_close(read(text)[1], loss, tolerance)
         if tolerance == 0:
             assert_equal(plain(torch.load(killed)), plain(state))
@@ -797,13 +798,12 @@ def test_each_script_trains_on_a_device(trains_on_a_device, script, edits):
 
 
 # ---- processes
-def worker(environment, folder, flags, edits):
+def worker(processes, edits):
     """Run train_accum.py as one process of several; return what it did and printed.
 
     If it may restart, process 1 kills itself once, in its 40th step.
     """
-    os.environ.update(environment)
-    os.chdir(folder)
+    rank = int(os.environ["RANK"])
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     may_restart = restarts < int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
     facts = {"rows": 0, "reductions": 0, "seeds": set(), "prefix": None, "error": None}
@@ -815,7 +815,7 @@ def worker(environment, folder, flags, edits):
 
     def count_reductions(_, bucket):
         facts["reductions"] += 1
-        if may_restart and os.environ["RANK"] == "1" and facts["reductions"] == 40:
+        if may_restart and rank == 1 and facts["reductions"] == 40:
             os.kill(os.getpid(), signal.SIGKILL)
         return allreduce_hook(None, bucket)
 
@@ -833,6 +833,8 @@ def worker(environment, folder, flags, edits):
     script = edited(train_accum, *edits)
     script.DistributedDataParallel = watched
     torch.distributed.PrefixStore = PrefixStore
+    folder, *flags = processes[rank]
+    os.chdir(folder)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
             flags = [*SPLIT_FLAGS, "--checkpoint=run.pt", *flags]
@@ -840,36 +842,43 @@ def worker(environment, folder, flags, edits):
         except SystemExit as end:
             facts["error"] = end.code
     facts["printed"] = out.getvalue()
+    torch.distributed.destroy_process_group()
+    # a thread that outlives its process group can abort the process
+    tasks = pathlib.Path("/proc/self/task")
+    facts["threads"] = len(os.listdir(tasks)) if tasks.exists() else 1
     return facts
 
 
-def run_processes(*processes, machines=1, edits=()):
-    """Start a process for each (folder, *flags); return what worker() does.
+def run_processes(*processes, machines=1, max_restarts=0, edits=()):
+    """Start a process for each (folder, *flags), as torchrun does.
 
-    They are copies of a process that has imported torch, which saves seconds.
+    Return what worker() returns. They are copies of a process that has imported torch,
+    which saves seconds.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    local_size = len(processes) // machines
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_scripts", "torch._dynamo"])
-    with ProcessPoolExecutor(len(processes), context, max_tasks_per_child=1) as pool:
-        futures = []
-        for rank, (folder, *flags) in enumerate(processes):
-            environment = {  # as from torchrun
-                "RANK": str(rank),
-                "WORLD_SIZE": str(len(processes)),
-                "LOCAL_RANK": str(rank % local_size),
-                "LOCAL_WORLD_SIZE": str(local_size),
-                "GROUP_WORLD_SIZE": str(machines),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "TORCHELASTIC_RUN_ID": "test",
-                "TORCHELASTIC_RESTART_COUNT": str(rank // local_size),  # its machine's
-                "TORCHELASTIC_MAX_RESTARTS": "0",
-            }
-            futures.append(pool.submit(worker, environment, folder, flags, edits))
-        return [future.result(HANG) for future in futures]
+
+    def launch(machine):
+        config = LaunchConfig(
+            min_nodes=machines,
+            max_nodes=machines,
+            nproc_per_node=len(processes) // machines,
+            run_id="test",
+            rdzv_backend="static",
+            rdzv_endpoint=f"127.0.0.1:{port}",
+            rdzv_configs={"rank": machine, "timeout": HANG},
+            max_restarts=max_restarts,
+            start_method="forkserver",
+        )
+        return elastic_launch(config, worker)(processes, edits)
+
+    with ThreadPoolExecutor() as pool:
+        facts = {}
+        for results in pool.map(launch, range(machines)):
+            facts |= results
+    return [facts[rank] for rank in range(len(processes))]
 
 
 @posix
@@ -885,6 +894,7 @@ def test_three_processes_share_each_batch(file):
     assert [fact["printed"] for fact in facts[1:]] == ["", ""]
     assert {fact["model"] for fact in facts} == {str(nn.Linear(10, 1))}
     assert {fact["prefix"] for fact in facts} == {"0"}
+    assert {fact["threads"] for fact in facts} == {1}
 
 
 @posix
@@ -929,16 +939,12 @@ def test_processes_that_must_not_train_end_alike(tmp_path, first, second, line):
 
 @posix
 def test_a_killed_process_costs_its_epoch_at_most(file):
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-    flags = ["--rows=1037", "--epochs=3"]
-    finish(start(file.parent, *command, __file__, *flags))
-    zero, one = (torch.load(file.with_name(f"facts{rank}.pt")) for rank in (0, 1))
-    judge(zero["printed"], file, make_table(1037), epochs=3, done=1)
-    assert zero["rows"] + one["rows"] == 2 * 1037
-    assert zero["reductions"] == one["reductions"] == 2 * 33  # one a step
-    assert len(zero["seeds"] | one["seeds"]) == 2 * 2  # other masks of dropout
-    # a thread that outlives its process group can abort the process
-    assert zero["threads"] == one["threads"] == 1
+    process = [file.parent, "--rows=1037", "--epochs=3"]
+    facts = run_processes(process, process, max_restarts=1)
+    judge(facts[0]["printed"], file, make_table(1037), epochs=3, done=1)
+    assert sum(fact["rows"] for fact in facts) == 2 * 1037
+    assert [fact["reductions"] for fact in facts] == [2 * 33] * 2  # one a step
+    assert {fact["prefix"] for fact in facts} == {"1"}
 
 
 def test_scripts_for_one_process_refuse_several(run, refused, file, monkeypatch):
@@ -1194,12 +1200,3 @@ def test_the_commands_and_blocks_of_a_section_run(tmp_path, monkeypatch, title):
                 words[words.index("train_accum.py")] = train_accum.__file__
                 process = start(tmp_path, "-m", "torch.distributed.run", *words)
                 assert "processes: 2" in finish(process)
-
-
-if __name__ == "__main__":
-    facts = worker({}, ".", sys.argv[1:], edits=())
-    atexit.unregister(torch.distributed.destroy_process_group)
-    torch.distributed.destroy_process_group()
-    tasks = pathlib.Path("/proc/self/task")
-    facts["threads"] = len(os.listdir(tasks)) if tasks.exists() else 1
-    torch.save(facts, f"facts{os.environ['RANK']}.pt")
