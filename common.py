@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# Import this before the process group is opened. The first optimizer imports it, too:
-# if later, the group's threads outlive it, and some processes abort when they end.
+# Import this early: if the first optimizer does it after the process group is opened,
+# the group's threads outlive it, and some processes abort when they end.
 import torch.distributed.nn.functional
 from torch import nn
 
@@ -77,9 +77,8 @@ def read_table(path):
         if table.ndim != 2 or len(table) == 0 or table.shape[1] < 2:
             raise ValueError(f"rows of 2 or more numbers are needed, not {table.shape}")
         std = torch.from_numpy(table).std(dim=0, correction=0)
-        finite = std.isfinite()
-        if not finite.all():
-            column = finite.int().argmin() + 1
+        if not std.isfinite().all():
+            column = std.isfinite().int().argmin() + 1
             raise ValueError(f"column {column}: a number is nan, infinite or too large")
         if std[-1] == 0:
             raise ValueError("the last column, the target, is the same in all rows")
@@ -118,7 +117,7 @@ def seed_epoch(seed, epoch, rank=0):
     """
     mixed = int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0])
     torch.manual_seed(mixed)
-    np.random.seed(mixed)  # this one and the next for your own transforms
+    np.random.seed(mixed)  # this and the next for your own transforms
     random.seed(mixed)
 
 
@@ -161,11 +160,9 @@ def join_processes(args):
         # torchrun keeps one store. Without a prefix of its own, a restarted process
         # reads addresses from before the restart (pytorch/pytorch#135712).
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    timeout = datetime.timedelta(minutes=5)
     dist.init_process_group(
-        timeout=datetime.timedelta(minutes=5),
-        store=store,
-        rank=rank,
-        world_size=world_size,
+        store=store, rank=rank, world_size=world_size, timeout=timeout
     )
     atexit.register(dist.destroy_process_group)
     if rank > 0:
@@ -291,11 +288,10 @@ def read_checkpoint(path):
         return None
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # compares the checksums, as torch does not
-                raise ValueError
+            damaged = archive.testzip()  # compares the checksums, as torch does not
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        if (type(state["settings"]), type(state["epoch"])) != (str, int):
-            raise TypeError
+        if damaged or (type(state["settings"]), type(state["epoch"])) != (str, int):
+            raise ValueError
     except Exception as error:  # a foreign file: torch raises a dozen kinds
         # torch's text advises to load it unsafely
         return f"{path}: damaged, or not from here ({type(error).__name__})"
@@ -328,8 +324,8 @@ def save_checkpoint(args, settings, parts, epochs, **more):
         reason = getattr(error, "strerror", None) or type(error).__name__
         sys.exit(
             f"error: --checkpoint {args.checkpoint}: epoch {epochs} is not saved "
-            f"({reason}): the disk is full, or a state_dict() holds more than tensors, "
-            "strings, lists, dicts and Python's numbers (float(), not NumPy's)"
+            f"({reason}); is the disk full, or does a state_dict() hold more than "
+            "tensors, strings, lists, dicts and numbers (float(), not NumPy's)?"
         )
     finally:
         if os.path.exists(temporary):
@@ -367,8 +363,7 @@ def parse_args(argv, description, *, batch_size, accumulation_steps=None):
     text = "rows computed at once, over all processes; lower it to save memory"
     add("--batch-size", batch_size, text)
     if accumulation_steps is not None:
-        text = "micro-batches in a step"
-        add("--accumulation-steps", accumulation_steps, text)
+        add("--accumulation-steps", accumulation_steps, "micro-batches in a step")
     add("--epochs", 10, "passes over the rows, finished ones included")
     add("--lr", 0.01, "learning rate; lower it if the loss grows")
     text = "seeds the first weights, order of the rows, dropout and loader's workers"

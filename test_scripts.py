@@ -702,7 +702,7 @@ def test_a_full_disk_is_reported_and_leaves_what_was_there(run, refused, file, s
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert f"{file}: epoch 3 is not saved (" in error
-    assert "the disk is full" in error
+    assert "is the disk full" in error
     assert file.read_bytes() == before
     assert os.listdir(file.parent) == ["run.pt"]
 
@@ -806,7 +806,8 @@ def worker(processes, edits):
     rank = int(os.environ["RANK"])
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     may_restart = restarts < int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
-    facts = {"rows": 0, "reductions": 0, "seeds": set(), "prefix": None, "error": None}
+    facts = {"rows": 0, "reductions": 0, "wrapped": 0, "seeds": set()}
+    facts |= {"prefix": None, "error": None}
 
     def count_rows(_, inputs):
         facts["rows"] += len(inputs[0])
@@ -820,6 +821,7 @@ def worker(processes, edits):
         return allreduce_hook(None, bucket)
 
     def watched(model):
+        facts["wrapped"] += 1
         model = DistributedDataParallel(model)
         model.register_forward_pre_hook(count_rows)
         model.register_comm_hook(None, count_reductions)
@@ -888,6 +890,7 @@ def test_three_processes_share_each_batch(file):
     judge(facts[0]["printed"], file, make_table(100), rows_per_step=21)
     assert sum(fact["rows"] for fact in facts) == 2 * 100
     assert [fact["reductions"] for fact in facts] == [2 * 5] * 3  # one a step
+    assert [fact["wrapped"] for fact in facts] == [2] * 3  # anew, as after resuming
     for seeds in zip(*set.union(*(fact["seeds"] for fact in facts))):
         assert len(set(seeds)) == 2 * 3  # of torch, of numpy and of random
     assert {seed for seed, _, _ in facts[0]["seeds"]} == {seed_of(0, 0), seed_of(0, 1)}

@@ -37,17 +37,18 @@ def main(argv=None):
     parts = {"model": model, "optimizer": optimizer}
     settings = common.get_settings(args, parts, X, y)
     first_epoch = common.load_checkpoint(args, settings, parts)
-    model = DistributedDataParallel(model) if world_size > 1 else model  # processes
     common.print_start(args, len(dataset), first_epoch)
     start = time.perf_counter()
     for epoch in range(first_epoch, args.epochs):
+        if world_size > 1:  # processes: wrapped anew, as after resuming: the same bits
+            model = DistributedDataParallel(parts["model"])  # processes
         common.seed_epoch(args.seed, epoch)
         batches = torch.randperm(len(dataset)).split(args.batch_size)
-        batches = [rows[rank::world_size] for rows in batches]  # processes: one's share
+        batches = [rows[rank::world_size] for rows in batches]  # processes: own share
         # processes: all draw the same order, but each its own dropout masks
         if rank > 0:  # processes
             common.seed_epoch(args.seed, epoch, rank)  # processes
-        # batch_size=None fetches a batch at once, by dataset[rows]; for single items:
+        # batch_size=None fetches a batch at once, as dataset[rows]; item by item it is
         # DataLoader(dataset, batch_sampler=batches)
         loader = iter(DataLoader(dataset, batch_size=None, sampler=batches))
         step = 0
@@ -58,8 +59,8 @@ def main(argv=None):
             losses = []
             optimizer.zero_grad()
             for i, (inputs, targets) in enumerate(micro_batches):
-                # processes: reduce gradients once per step. no_sync() sets this switch,
-                # processes: too, but as a block around the forward and backward pass.
+                # processes: reduce gradients only with the last micro-batch of a step.
+                # processes: model.no_sync() sets the same, as a block around the loop.
                 if world_size > 1:  # processes
                     last = i + 1 == len(micro_batches)  # processes
                     model.require_backward_grad_sync = last  # processes
@@ -73,7 +74,7 @@ def main(argv=None):
                 step_loss = common.mean_over_processes(step_loss)  # processes
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {step_loss:.6f}")
             step += 1
-        # step a scheduler above this line: what comes after it is not saved
+        # scheduler.step() belongs above this line: what comes after it is not saved
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
     common.print_end(args, parts, dataset, loss_fn, start)
     return parts["model"]

@@ -33,7 +33,7 @@ def main(argv=None):
     for epoch in range(first_epoch, args.epochs):
         common.seed_epoch(args.seed, epoch)
         batches = torch.randperm(len(dataset)).split(args.batch_size)
-        # batch_size=None fetches a batch at once, by dataset[rows]; for single items:
+        # batch_size=None fetches a batch at once, as dataset[rows]; item by item it is
         # DataLoader(dataset, batch_sampler=batches)
         loader = DataLoader(dataset, batch_size=None, sampler=batches)
         for step, (inputs, targets) in enumerate(loader):
@@ -44,7 +44,7 @@ def main(argv=None):
             optimizer.step()
             if args.log_every and step % args.log_every == 0:
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {loss:.6f}")
-        # step a scheduler above this line: what comes after it is not saved
+        # scheduler.step() belongs above this line: what comes after it is not saved
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
     common.print_end(args, parts, dataset, loss_fn, start)
     return parts["model"]

@@ -43,7 +43,7 @@ def main(argv=None):
             optimizer.step()
             if args.log_every and step % args.log_every == 0:
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {loss:.6f}")
-        # step a scheduler above this line: what comes after it is not saved
+        # scheduler.step() belongs above this line: what comes after it is not saved
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
     common.print_end(args, parts, dataset, loss_fn, start)
     return parts["model"]
