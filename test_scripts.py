@@ -505,7 +505,7 @@ def test_main_runs_in_a_thread_of_a_notebook_and_returns_the_model(file):
 SHIFTED = np.random.default_rng(0).integers(-99, 99, (40, 4)) * [2.0**30, 1e-9, 0, 1]
 OFFSET = np.array([1.7e18, 5, 0.1, 0])
 TABLE = SHIFTED + OFFSET
-FORMS = [("a.csv.gz", '"a, b",2020-1,c,"y"'), ("a.csv", ""), ("A.NPY", None)]
+FORMS = [("a.csv.gz", '\n"a, b",2020-1,c,"y"'), ("a.csv", ""), ("A.NPY", None)]
 FORMS += [("a.csv", "inf,trt,nan,y"), pytest.param("pipe", "a,b,c,d", marks=posix)]
 
 
@@ -1131,6 +1131,7 @@ def test_recipes_take_the_steps_of_a_plain_loop(
         trains_on_a_device(script, *flags)
     state = resumed(script, *flags)
     assert state["epoch"] == last + 1
+    assert ("rows between saves: 64" in state["settings"]) == (SAVES in recipes)
     assert_close(weights_in(state["model"]), saved[last], tolerance)
     run(script, *flags, "--batch-size=32", "--accumulation-steps=1")
     assert_close(read_weights("run.pt"), saved[last], tolerance)
