@@ -288,7 +288,9 @@ def read_checkpoint(path):
         return None
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # compares the checksums, as torch does not
+            # torch compares no checksums, and skips what is marked as a folder
+            marks = [entry.external_attr for entry in archive.filelist]
+            damaged = archive.testzip() or any(marks)
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         if damaged or (type(state["settings"]), type(state["epoch"])) != (str, int):
             raise ValueError

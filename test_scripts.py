@@ -545,6 +545,12 @@ def without_weights(content):
     return content.replace(weights, bytes(len(weights)))
 
 
+def marked_as_folder(content):
+    """Set a bit in the archive's index, so that torch skips a weight."""
+    place = content.rfind(b"archive/data/0") - 8
+    return content[:place] + b"\x10" + content[place + 1 :]
+
+
 NO_NUMBER = "column 2: a number is nan, infinite or too large"
 FOREIGN = "error: --checkpoint .*run.pt: damaged, or not from here"
 FOLDER_FAULT = "error: --checkpoint .*/run.pt: cannot write to its folder: "
@@ -582,6 +588,7 @@ REFUSED = [
     (None, "--checkpoint=/proc/run.pt", FOLDER_FAULT),
     (cut_off, "", FOREIGN),
     (without_weights, "", FOREIGN),
+    (marked_as_folder, "", FOREIGN),
     (torch.ones(3), "", FOREIGN),
     ({"settings": {}, "epoch": 1}, "", FOREIGN),
     ({"settings": "x"}, "", FOREIGN),
