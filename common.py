@@ -418,7 +418,7 @@ def mean_loss(args, parts, dataset, loss_fn):
     model.eval()
     loss = 0.0
     for rows in torch.arange(len(dataset)).split(args.batch_size):
-        inputs, targets = (part.to(args.device) for part in dataset[rows])
+        inputs, targets = (tensor.to(args.device) for tensor in dataset[rows])
         loss += loss_fn(model(inputs), targets).item() * len(rows) / len(dataset)
     for layer, training in modes:
         layer.training = training

@@ -495,6 +495,7 @@ def test_main_runs_in_a_thread_of_a_notebook_and_returns_the_model(file):
             flags = [*flags, f"--checkpoint={file}"]
             model = pool.submit(script.main, flags).result()
             assert_equal(weights_of(model), read_weights(file))
+            assert not model.training
         [call] = re.findall(r"`(train_accum\.main\([^`]*\))`", README)
         assert not eval(call).training
     assert handlers == [signal.getsignal(number) for number in signal.valid_signals()]
@@ -551,6 +552,8 @@ def marked_as_folder(content):
     return content[:place] + b"\x10" + content[place + 1 :]
 
 
+TOO_FEW = "rows of 2 or more numbers are needed"
+NO_FLOAT = "could not convert string"
 NO_NUMBER = "column 2: a number is nan, infinite or too large"
 FOREIGN = "error: --checkpoint .*run.pt: damaged, or not from here"
 FOLDER_FAULT = "error: --checkpoint .*/run.pt: cannot write to its folder: "
@@ -570,20 +573,28 @@ REFUSED = [
         for flag in flags.split()
     ],
     (None, "--batch=4", "unrecognized arguments: --batch=4"),
-    (None, "--data=t.csv --rows=9", "--rows: not allowed with argument --data"),
+    (
+        None,
+        "--data=t.csv --rows=9",
+        "argument --rows: not allowed with argument --data",
+    ),
     (None, "--device=cuda:2", "cuda:2 is not here, only cpu, cuda:0, cuda:1$"),
     (None, "--lr=1e30", "error: epoch 1: a weight is not finite; try a lower --lr"),
     (None, "--data=t.csv", "error: --data t.csv: .*not found"),
-    ("", "--data=t.csv", r"2 or more .* not \(0, 1\)"),
-    ("a\n1\n2\n", "--data=t.csv", r"2 or more .* not \(2, 1\)"),
-    ("a,b\n1,2\n3,x\n", "--data=t.csv", "'x' to float64 at row 1, column 2"),
-    ("a,1\n1,2\n", "--data=t.csv", "'a' to float64 at row 0, column 1"),
+    ("", "--data=t.csv", rf"{TOO_FEW}, not \(0, 1\)$"),
+    ("a\n1\n2\n", "--data=t.csv", rf"{TOO_FEW}, not \(2, 1\)$"),
+    (
+        "a,b\n1,2\n3,x\n",
+        "--data=t.csv",
+        f"{NO_FLOAT} 'x' to float64 at row 1, column 2",
+    ),
+    ("a,1\n1,2\n", "--data=t.csv", f"{NO_FLOAT} 'a' to float64 at row 0, column 1"),
     ("a,b\n1,2\n3,nan\n", "--data=t.csv", f"error: --data t.csv: {NO_NUMBER}"),
-    ("a,b\n1,2\n3,2\n", "--data=t.csv", "the target, is the same in all rows"),
+    ("a,b\n1,2\n3,2\n", "--data=t.csv", "the last column, the target, is the same"),
     (",a,b\n0,1,2\n1,3,4\n", "--data=t.csv", "a column has no name"),
     ("a,b\n0,1,2\n1,3,4\n", "--data=t.csv", "a column has no name"),
-    (np.ones(3), "--data=t.npy", r"2 or more .* not \(3,\)"),
-    (np.ones((3, 2)) * 1j, "--data=t.npy", "complex128"),
+    (np.ones(3), "--data=t.npy", rf"{TOO_FEW}, not \(3,\)$"),
+    (np.ones((3, 2)) * 1j, "--data=t.npy", r"dtype\('complex128'\)"),
     (None, "--checkpoint=missing/run.pt", FOLDER_FAULT),
     (None, "--checkpoint=/proc/run.pt", FOLDER_FAULT),
     (cut_off, "", FOREIGN),
@@ -639,6 +650,8 @@ def test_what_must_not_run_is_refused(
     if not first.startswith("usage: "):
         assert first.startswith("error: ")
         assert {line[0] for line in others} <= {"-", "+"}
+    if flags in ("--data=t.csv", "--data=t.npy"):
+        assert first.startswith(f"error: {flags.replace('=', ' ')}: ")
     assert "weights_only" not in error
     assert files == {file: file.read_bytes() for file in tmp_path.iterdir()}
 
@@ -954,7 +967,9 @@ def test_a_killed_process_costs_its_epoch_at_most(file):
     judge(facts[0]["printed"], file, make_table(1037), epochs=3, done=1)
     assert sum(fact["rows"] for fact in facts) == 2 * 1037
     assert [fact["reductions"] for fact in facts] == [2 * 33] * 2  # one a step
+    assert len(set.union(*(fact["seeds"] for fact in facts))) == 2 * 2  # other masks
     assert {fact["prefix"] for fact in facts} == {"1"}
+    assert {fact["threads"] for fact in facts} == {1}
 
 
 def test_scripts_for_one_process_refuse_several(run, refused, file, monkeypatch):
@@ -978,6 +993,7 @@ SECTIONS = {  # title: [(kind, block)]
 }
 LOOP = next(block for blocks in SECTIONS.values() for kind, block in blocks)
 LOADER = "DataLoader(TensorDataset(X, y), batch_size=8, shuffle=True)"
+OTHER_LOADER = "list(zip(X.split(8), y.split(8)))"
 LINEAR = "torch.nn.Linear(10, 1)"
 NORM = "torch.nn.Sequential(torch.nn.BatchNorm1d(10), torch.nn.Linear(10, 1))"
 CLASSES = [
@@ -993,6 +1009,7 @@ PADDING = [
 LOOPS = {  # edits, and the loss function
     "as it is": ([], F.mse_loss),
     "another loss": ([("F.mse_loss", "F.l1_loss")], F.l1_loss),
+    "another loader": ([(LOADER, OTHER_LOADER)], F.mse_loss),
     "classes": (CLASSES, F.cross_entropy),
     "padding": ([*CLASSES, *PADDING], F.cross_entropy),
     "a frozen layer": ([(LINEAR, NORM.replace("(10),", "(10).eval(),"))], F.mse_loss),
@@ -1007,7 +1024,8 @@ def test_the_loop_to_copy_takes_the_steps_of_whole_batches(capsys, edits, loss_f
     setup, _, _ = block.partition("for epoch")
     exec(setup, whole)
     model, optimizer = whole["model"], whole["optimizer"]
-    loader = eval(LOADER.replace("8", "32"), whole)
+    loader = OTHER_LOADER if OTHER_LOADER in block else LOADER
+    loader = eval(loader.replace("8", "32"), whole)
     for _ in range(10):
         for inputs, targets in loader:
             optimizer.zero_grad()
