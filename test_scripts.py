@@ -8,6 +8,8 @@ are compared with those of the scripts, and of copies with the README's recipes.
 """
 
 import contextlib
+import copy
+import functools
 import io
 import json
 import math
@@ -18,10 +20,9 @@ import random
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import threading
+import tempfile
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +33,11 @@ import torch
 import torch.nn.functional as F
 from numpy.testing import assert_allclose, assert_equal
 from torch import nn
+from torch.distributed import PrefixStore
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.utils.distributed import get_free_port
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 from torch.nn.parallel import DistributedDataParallel
 
 import common
@@ -43,14 +47,18 @@ import train_manual
 
 SCRIPTS = [train_basic, train_accum, train_manual]
 FOLDER = pathlib.Path(__file__).parent
-HANG = 900  # seconds: a process that takes longer hangs, on any machine
 
 parametrize = pytest.mark.parametrize
 each_script = parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes, links or torchrun")
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # in processes started from here
 
+# All flags are given, so that a changed default fails only where a script has no flags.
+FLAGS = ["--hidden=0", "--epochs=2", "--lr=0.05", "--seed=0", "--log-every=1"]
+FLAGS += ["--device=cpu", "--checkpoint=run.pt", "--batch-size=32"]
+SPLIT_FLAGS = [*FLAGS, "--batch-size=8", "--accumulation-steps=4"]
 
 DATASET = "Your own Dataset"
 TENSORS = "Your own tensors or table, and a prediction"
@@ -78,30 +86,34 @@ def standardise(table):
     return table[:, :-1], table[:, -1:], mean, std
 
 
-def train_plainly(
-    model,
-    X,
-    y,
-    loss_fn=F.mse_loss,
-    *,
-    rows_per_step=32,
-    epochs=2,
-    lr=0.05,
-    seed=0,
-    recipes=(),
-):
+def sizes_in(flags):
+    """Return the numbers that some flags give, after FLAGS."""
+    flags = ["--rows=1000", "--accumulation-steps=1", *FLAGS, *flags]
+    found = re.findall(r"--(\S+)=([\d.]+)", " ".join(flags))
+    sizes = {name.replace("-", "_"): json.loads(number) for name, number in found}
+    return types.SimpleNamespace(**sizes)
+
+
+def train_plainly(model, X, y, sizes, loss_fn=F.mse_loss, recipes=()):
     """Train with whole batches, and what the README's recipes do.
 
-    Return the steps (epoch, step, loss), and the weights after each of them.
+    Return the steps to print (epoch, step, loss), and the model after each save.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    total = epochs * math.ceil(len(X) / rows_per_step)
-    top = 0.1 * total - 1  # the step with the highest rate of the schedule
+    optimizer = torch.optim.SGD(model.parameters(), lr=sizes.lr)
+    rows_per_step = sizes.batch_size * sizes.accumulation_steps
+    steps_per_epoch = math.ceil(len(X) / rows_per_step)
+    steps_per_save = 10 if SAVES in recipes else steps_per_epoch
+    if SCHEDULE in recipes:
+        total = sizes.epochs * steps_per_epoch
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, sizes.lr, total, pct_start=0.1, cycle_momentum=False
+        )
     steps = []
-    weights = []
-    for epoch in range(epochs):
-        torch.manual_seed(seed_of(seed, epoch))
-        for step, rows in enumerate(torch.randperm(len(X)).split(rows_per_step)):
+    saved = []
+    for epoch in range(1, sizes.epochs + 1):
+        torch.manual_seed(seed_of(sizes.seed, epoch - 1))
+        order = torch.randperm(len(X)).split(rows_per_step)
+        for step, rows in enumerate(order, start=1):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in recipes):
                 outputs = model(X[rows])
@@ -109,19 +121,18 @@ def train_plainly(
             if PENALTY in recipes:
                 loss += 0.01 * sum(weight.abs().sum() for weight in model.parameters())
             loss.backward()
-            if FREEZING in recipes and epoch < 2:
+            if FREEZING in recipes and epoch <= 2:
                 model[0].zero_grad()
             if SCHEDULE in recipes:
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                low, part = lr / 25, len(steps) / top
-                if len(steps) > top:
-                    low, part = lr / 25e4, (total - 1 - len(steps)) / (total - 1 - top)
-                rate = low + (lr - low) * (1 - math.cos(math.pi * part)) / 2
-                optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
-            steps.append((epoch + 1, step + 1, loss.item()))
-            weights.append(weights_of(model))
-    return steps, weights
+            if SCHEDULE in recipes:
+                scheduler.step()
+            if sizes.log_every and (step - 1) % sizes.log_every == 0:
+                steps.append((epoch, step, loss.item()))
+            if step % steps_per_save == 0 or step == steps_per_epoch:
+                saved.append(copy.deepcopy(model))
+    return steps, saved
 
 
 def seed_of(seed, epoch):
@@ -129,25 +140,24 @@ def seed_of(seed, epoch):
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-def judge(text, file, table, *, done=0, log_every=1, offset=0, **sizes):
-    """Compare what a run printed, and the file it wrote, with the judge.
+def judge(text, *flags, table=None, offset=0, done=0, file="run.pt"):
+    """Compare what a run printed, and its file, with the judge.
 
-    `done` epochs were finished before the run. `file` is None if there is none. The
-    run's table had an `offset`, which must not matter.
+    `done` epochs were finished before. An `offset` of the table must not matter.
     """
-    X, y, mean, std = standardise(table)
-    torch.manual_seed(sizes.get("seed", 0))
+    sizes = sizes_in(flags)
+    X, y, mean, std = standardise(make_table(sizes.rows) if table is None else table)
+    torch.manual_seed(sizes.seed)
     model = nn.Linear(X.shape[1], 1)
-    expected, weights = train_plainly(model, X, y, **sizes)
-    printed = [row for row in expected if row[0] > done and log_every > 0]
-    printed = [row for row in printed if (row[1] - 1) % log_every == 0]
+    expected, _ = train_plainly(model, X, y, sizes)
+    expected = [step for step in expected if step[0] > done]
     steps, loss = read(text)
-    assert_close(steps, np.reshape(printed, (-1, 3)), 2e-5)
+    assert_close(steps, np.reshape(expected, (-1, 3)), 2e-5)
     assert_close(loss, F.mse_loss(model(X), y).item(), 2e-5)
     if file is not None:
         state = torch.load(file)
-        assert state["epoch"] == sizes.get("epochs", 2)
-        assert_close(weights_in(state["model"]), weights[-1])
+        assert state["epoch"] == sizes.epochs
+        assert_close(weights_in(state), weights_of(model))
         assert_close((state["mean"].numpy() - offset - mean) / std, 0)
         assert_close(state["std"].numpy() / std, 1)
 
@@ -159,17 +169,13 @@ def read(text):
     return np.array(steps, dtype=float).reshape(-1, 3), float(loss)
 
 
-def weights_in(state):
-    """Return the weights of a model's state_dict() as one vector."""
-    return nn.utils.parameters_to_vector(state.values()).numpy()
-
-
 def weights_of(model):
     return nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
 
 
-def read_weights(file):
-    return weights_in(torch.load(file)["model"])
+def weights_in(state):
+    """Return the model's weights in a checkpoint, as one vector."""
+    return nn.utils.parameters_to_vector(state["model"].values()).numpy()
 
 
 def assert_close(found, expected, tolerance=1e-5):
@@ -177,15 +183,10 @@ def assert_close(found, expected, tolerance=1e-5):
 
 
 # ---- helpers
-# All flags are given, so that a changed default fails only where a script has no flags.
-FLAGS = ["--hidden=0", "--epochs=2", "--lr=0.05", "--seed=0", "--log-every=1"]
-FLAGS += ["--device=cpu", "--batch-size=32"]
-SPLIT_FLAGS = [*FLAGS, "--batch-size=8", "--accumulation-steps=4"]
-
-
-@pytest.fixture
-def file(tmp_path):
-    return tmp_path / "run.pt"
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Run each test in an empty folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -194,31 +195,15 @@ def run(capsys):
 
     def run(script, *flags):
         accum = script.__name__ == "train_accum"
-        script.main([*(SPLIT_FLAGS if accum else FLAGS), *map(str, flags)])
+        script.main([*(SPLIT_FLAGS if accum else FLAGS), *flags])
         return capsys.readouterr().out
 
     return run
 
 
 @pytest.fixture
-def refused(run, capsys):
-    """Return a function like run() for what must not run; it returns the error."""
-
-    def refused(script, *flags):
-        with pytest.raises(SystemExit) as end:
-            run(script, *flags)
-        assert end.value.code != 0
-        return capsys.readouterr().err + str(end.value.code)
-
-    return refused
-
-
-@pytest.fixture
-def resumed(run, tmp_path, monkeypatch):
-    """Return a function that runs a script as a whole, and killed after each epoch.
-
-    It checks that this changes no bit, and returns what the file holds.
-    """
+def resumed(run, monkeypatch):
+    """Return a function that trains as a whole, then killed after each epoch."""
     save_checkpoint = common.save_checkpoint
 
     def save_and_die(*args, **more):
@@ -226,30 +211,31 @@ def resumed(run, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     def resumed(script, *flags, tolerance=0):
-        file = tmp_path / f"{script.__name__}.pt"
-        killed = tmp_path / f"{script.__name__}.killed.pt"
-        flags = ["--epochs=3", *flags, "--checkpoint"]
-        steps, loss = read(run(script, *flags, file))
-        state = torch.load(file)
+        flags = ["--epochs=3", *flags]
+        whole = read(run(script, *flags))
+        state = taken()
         with monkeypatch.context() as patch:
             patch.setattr(common, "save_checkpoint", save_and_die)
             for _ in range(state["epoch"] - 1):
                 with pytest.raises(KeyboardInterrupt):
-                    run(script, *flags, killed)
-        text = run(script, *flags, killed)
-        assert_close(read(text)[0], steps, tolerance)
-        assert_close(read(text)[1], loss, tolerance)
+                    run(script, *flags)
+        for found, expected in zip(read(run(script, *flags)), whole):
+            assert_close(found, expected, tolerance)
+        again = taken()
+        assert_close(weights_in(again), weights_in(state), tolerance)
         if tolerance == 0:
-            assert_equal(plain(torch.load(killed)), plain(state))
-        assert_close(read_weights(killed), read_weights(file), tolerance)
+            lists = functools.partial(json.dumps, default=torch.Tensor.tolist)
+            assert lists(again) == lists(state)
         return state
 
     return resumed
 
 
-def plain(state):
-    """Return a checkpoint with lists for tensors."""
-    return json.loads(json.dumps(state, default=torch.Tensor.tolist))
+def taken():
+    """Return what is in the file of a run, and remove it."""
+    state = torch.load("run.pt")
+    os.remove("run.pt")
+    return state
 
 
 def edited(script, *edits):
@@ -267,32 +253,19 @@ def replaced(text, *edits):
     return text
 
 
-def start(folder, *command):
-    """Start a Python process; finish() must follow."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    """Return what a process printed, once it ended well."""
-    out, err = process.communicate(timeout=HANG)
-    assert process.returncode == 0, err
-    return out
+def start(*command):
+    """Return what a Python process prints. After 900 seconds, it hangs for sure."""
+    return subprocess.check_output([sys.executable, *command], text=True, timeout=900)
 
 
 # ---- the promise
-def test_smoke_each_script_runs_without_flags(tmp_path):
-    processes = [start(tmp_path, script.__file__) for script in SCRIPTS]
-    for process, size in zip(processes, [32, 8 * 4, 16]):
-        sizes = {"rows_per_step": size, "epochs": 10, "lr": 0.01, "log_every": 10}
-        judge(finish(process), None, make_table(1000), **sizes)
-    assert os.listdir(tmp_path) == []
+def test_smoke_each_script_runs_without_flags():
+    with ThreadPoolExecutor() as pool:
+        texts = list(pool.map(start, [script.__file__ for script in SCRIPTS]))
+    for text, size in zip(texts, [32, 8 * 4, 16]):
+        flags = ["--epochs=10", "--lr=0.01", "--log-every=10", f"--batch-size={size}"]
+        judge(text, *flags, file=None)
+    assert os.listdir() == []
 
 
 @each_script
@@ -305,17 +278,17 @@ def test_help_of_each_script(script, capsys):
 
 
 def test_the_lines_of_a_run_come_at_once(monkeypatch):
-    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
     monkeypatch.setattr(sys, "stdout", output)
     train_accum.main([*SPLIT_FLAGS, "--rows=7", "--epochs=1"])
-    first, step, last = output.buffer.getvalue().decode().splitlines()
-    assert first == (
+    expected = (
         "7 rows, 8 x 4 per step, 1 steps per epoch, 0 of 1 epochs done; cpu, "
-        f"processes: 1, torch {torch.__version__}, seed 0"
+        rf"processes: 1, torch {re.escape(torch.__version__)}, seed 0\n"
+        r"Epoch: 1, Step: 1, Loss: \d\.\d{6}\n"
+        r"Loss of all rows: \d\.\d{6}, \d+\.\d{3} s, peak memory "
+        r"(\d+ MiB of the process|unknown)\n"
     )
-    assert re.fullmatch(r"Epoch: 1, Step: 1, Loss: \d\.\d{6}", step)
-    end = r"Loss of all rows: \d\.\d{6}, \d+\.\d{3} s, peak memory "
-    assert re.fullmatch(end + r"(\d+ MiB of the process|unknown)", last)
+    assert re.fullmatch(expected, output.buffer.getvalue().decode())
 
 
 SPLITS = [(train_accum, 8, 4), (train_accum, 1, 32), (train_accum, 7, 3)]
@@ -324,27 +297,21 @@ SPLITS += [(script, size, 1) for script in SCRIPTS for size in (5, 32, 400)]
 
 @parametrize("rows", [1, 2, 31, 32, 33, 1037])
 @parametrize("script, size, steps", SPLITS)
-def test_each_split_takes_the_steps_of_the_judge(run, file, script, size, steps, rows):
-    log_every = rows % 4
-    flags = [f"--rows={rows}", f"--checkpoint={file}", f"--batch-size={size}"]
-    flags += ["--seed=7", "--lr=0.04", "--epochs=3", f"--log-every={log_every}"]
+def test_each_split_takes_the_steps_of_the_judge(run, script, size, steps, rows):
+    flags = ["--seed=7", "--lr=0.04", "--epochs=3", f"--log-every={rows % 4}"]
+    flags += [f"--rows={rows}", f"--batch-size={size}"]
     if script is train_accum:
         flags += [f"--accumulation-steps={steps}"]
-    sizes = {"rows_per_step": size * steps, "epochs": 3, "lr": 0.04, "seed": 7}
-    text = run(script, *flags)
-    judge(text, file, make_table(rows), log_every=log_every, **sizes)
+    judge(run(script, *flags), *flags)
 
 
 @posix
-def test_a_script_resumes_from_the_file_of_another(run, file):
-    link = file.with_name("link.pt")
-    link.symlink_to(file)
-    flags = ["--rows=100", f"--checkpoint={link}"]
-    for done, script in enumerate([train_basic, train_accum, train_manual]):
-        text = run(script, *flags, f"--epochs={done + 1}")
-        judge(text, file, make_table(100), epochs=done + 1, done=done)
-    text = run(train_basic, *flags, "--epochs=3")
-    judge(text, file, make_table(100), epochs=3, done=3)
+def test_a_script_resumes_from_the_file_of_another(run):
+    link = pathlib.Path("link.pt")
+    link.symlink_to("run.pt")
+    for done, script in enumerate([*SCRIPTS, train_basic]):
+        flags = ["--rows=100", "--checkpoint=link.pt", f"--epochs={min(done + 1, 3)}"]
+        judge(run(script, *flags), *flags, done=done)
     assert link.is_symlink()
 
 
@@ -363,42 +330,45 @@ def most_tensors_kept(train, *arguments):
     numbers = []
 
     def keep(tensor):
-        def get():
-            return tensor
-
-        kept.add(get)
+        tensor = tensor.detach()
+        kept.add(tensor)
         numbers.append(len(kept))
-        return get
+        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda get: get()):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         train(*arguments)
     return max(numbers)
 
 
 def test_accumulation_keeps_the_tensors_of_a_single_micro_batch(run):
-    one = most_tensors_kept(run, train_accum, "--hidden=3", "--accumulation-steps=1")
-    many = most_tensors_kept(run, train_accum, "--hidden=3", "--accumulation-steps=9")
-    assert one == many
+    """In the README's loop, too, in which none is too short for a BatchNorm."""
+    kept = []
+    for steps in (1, 9):
+        edits = [("range(10)", "range(1)"), ("steps = 4", f"steps = {steps}")]
+        block = replaced(LOOP, (LINEAR, NORM), *edits)
+        flags = [f"--accumulation-steps={steps}", f"--checkpoint={steps}.pt"]
+        most = most_tensors_kept(run, train_accum, "--hidden=3", *flags)
+        kept.append((most, most_tensors_kept(exec, block, {})))
+    assert kept[0] == kept[1]
 
 
 def test_mean_loss_is_exact_and_leaves_each_layer_in_its_mode():
     model = nn.Sequential(nn.BatchNorm1d(10).eval(), nn.Dropout(), nn.Linear(10, 1))
     X, y, _, _ = standardise(make_table(70))
     dataset = torch.utils.data.TensorDataset(X, y)
-    args = types.SimpleNamespace(batch_size=30, device=torch.device("cpu"))
+    args = types.SimpleNamespace(batch_size=30, device="cpu")
     loss = common.mean_loss(args, {"model": model}, dataset, F.mse_loss)
     assert [layer.training for layer in model] == [False, True, True]
     assert_close(loss, F.mse_loss(model.eval()(X), y).item())
-    args.device = torch.device("meta")
-    with pytest.raises(RuntimeError, match="item"):  # the rest was done on the device
-        common.mean_loss(args, {"model": model.to("meta")}, dataset, F.mse_loss)
 
 
 # ---- edits, as users make them in a copy
+LINEAR = "torch.nn.Linear(10, 1)"
+NORM = "torch.nn.Sequential(torch.nn.BatchNorm1d(10), torch.nn.Linear(10, 1))"
+FROZEN = NORM.replace("(10),", "(10).eval(),")
 MODEL = "common.make_model(X.shape[1], args.hidden)"
 OPTIMIZER = "torch.optim.SGD(model.parameters(), lr=args.lr)"
-ADAMW = (OPTIMIZER, "torch.optim.AdamW(model.parameters(), lr=args.lr)")
-TENSOR_RATE = (OPTIMIZER, OPTIMIZER.replace("args.lr", "torch.tensor(args.lr)"))
+ADAMW = "torch.optim.AdamW(model.parameters(), lr=torch.tensor(args.lr))"
 PARTS = '    parts = {"model": model, "optimizer": optimizer}\n'
 STEP = "            optimizer.step()\n"
 MORE_PARTS = """
@@ -409,49 +379,44 @@ MORE_STEPS = """
             scheduler.step()
             parts["ema"].update_parameters(model)
 """
-
-
-def with_layer(layer):
-    return (MODEL, f"torch.nn.Sequential({layer}, torch.nn.Linear(10, 1))")
-
-
-DROPOUT = with_layer("torch.nn.Dropout(0.5)")
-FROZEN = with_layer("torch.nn.BatchNorm1d(10).eval()")
+DROPOUT = (MODEL, "torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(10, 1))")
 YOUR_OWN = [
-    with_layer("torch.nn.LayerNorm(10)"),
-    ADAMW,
+    (MODEL, "torch.nn.Sequential(torch.nn.LayerNorm(10), torch.nn.Linear(10, 1))"),
+    (OPTIMIZER, ADAMW),
     (PARTS, PARTS + MORE_PARTS),
     (STEP, STEP + MORE_STEPS),
 ]
 COPIES = {
-    "as it is": ([], "--hidden=0"),
-    "three hidden units": ([], "--hidden=3"),
-    "a frozen layer": ([FROZEN], "--hidden=0"),
-    "dropout": ([DROPOUT], "--hidden=0"),
-    "all of your own": (YOUR_OWN, "--hidden=0"),
+    "as it is": [],
+    "three hidden units": [(MODEL, MODEL.replace("args.hidden", "3"))],
+    "a frozen layer": [(MODEL, FROZEN)],
+    "dropout": [DROPOUT],
+    "all of your own": YOUR_OWN,
 }
 
 
-@parametrize("edits, flag", COPIES.values(), ids=COPIES.keys())
-def test_a_copy_takes_the_same_steps_and_resumes(resumed, edits, flag):
-    states = [
-        resumed(edited(script, *edits), "--rows=1037", flag) for script in SCRIPTS
-    ]
-    basic, accum, manual = (weights_in(state["model"]) for state in states)
+@parametrize("edits", COPIES.values(), ids=COPIES.keys())
+def test_a_copy_takes_the_same_steps_and_resumes(resumed, on_a_device, edits):
+    scripts = [edited(script, *edits) for script in SCRIPTS]
+    text = pathlib.Path(train_accum.__file__).read_text(encoding="utf-8")
+    marked = [(f"{line}\n", "") for line in text.splitlines() if "# processes" in line]
+    scripts.append(edited(train_accum, *marked, *edits))
+    assert not {"rank", "world_size"} & set(scripts[-1].main.__code__.co_varnames)
+    states = [resumed(script, "--rows=1037") for script in scripts]
+    basic, accum, manual, unmarked = map(weights_in, states)
+    assert_equal(unmarked, accum)
     if DROPOUT in edits:  # with masks of their own
         assert np.abs(manual - basic).max() > 1e-3
     else:
         assert_equal(manual, basic)
         assert_close(accum, basic)
-    for state in states:
+    for script, state in zip(scripts, states):
         assert state["model"].get("0.num_batches_tracked", 0) == 0
+        on_a_device(script)
 
 
 class Numbers(torch.utils.data.Dataset):
     """Random inputs, drawn here or by a DataLoader's worker."""
-
-    def __len__(self):
-        return 32
 
     def __getitem__(self, rows):
         inputs = torch.rand(len(rows), 10) + np.random.rand() + random.random()
@@ -469,63 +434,51 @@ def test_random_numbers_of_a_loader_are_the_same_again(resumed, workers):
 
 def test_an_epoch_has_random_numbers_of_its_own_and_the_same_again():
     numbers = []
-    for where in [(0, 1), (0, 1, 0), (1, 0), (0, 2), (0, 1, 1), (0, 2, 1)]:
+    for where in [(0, 1), (0, 1, 0), (1, 0), (0, 2), (0, 1, 1)]:
         common.seed_epoch(*where)
-        numbers.append((torch.rand(1).item(), np.random.rand(), random.random()))
-    first, again, *others = map(set, numbers)
+        numbers.append({torch.rand(1).item(), np.random.rand(), random.random()})
+    first, again, *others = numbers
     assert first == again
-    assert len(set.union(first, *others)) == 5 * 3
+    assert len(first.union(*others)) == 4 * 3
 
 
-def test_without_the_marked_lines_it_is_the_same_for_one_process(run, tmp_path):
-    text = pathlib.Path(train_accum.__file__).read_text(encoding="utf-8")
-    marked = [(f"{line}\n", "") for line in text.splitlines() if "# processes" in line]
-    file, file_without = tmp_path / "run.pt", tmp_path / "without.pt"
-    run(edited(train_accum, DROPOUT), "--rows=1037", "--checkpoint", file)
-    script = edited(train_accum, *marked, DROPOUT)
-    run(script, "--rows=1037", "--checkpoint", file_without)
-    assert_equal(read_weights(file_without), read_weights(file))
-    assert not {"rank", "world_size"} & set(script.main.__code__.co_varnames)
-
-
-def test_main_runs_in_a_thread_of_a_notebook_and_returns_the_model(file):
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+def test_main_runs_in_a_thread_of_a_notebook_and_returns_the_model():
+    handlers = list(map(signal.getsignal, signal.valid_signals()))
     with contextlib.redirect_stdout(io.StringIO()), ThreadPoolExecutor() as pool:
         for script, flags in zip(SCRIPTS, [FLAGS, SPLIT_FLAGS, FLAGS]):
-            flags = [*flags, f"--checkpoint={file}"]
             model = pool.submit(script.main, flags).result()
-            assert_equal(weights_of(model), read_weights(file))
+            assert_equal(weights_of(model), weights_in(torch.load("run.pt")))
             assert not model.training
         [call] = re.findall(r"`(train_accum\.main\([^`]*\))`", README)
         assert not eval(call).training
-    assert handlers == [signal.getsignal(number) for number in signal.valid_signals()]
+    assert handlers == list(map(signal.getsignal, signal.valid_signals()))
 
 
 # ---- data
 # the first column is time stamps in nanoseconds, the third a constant
 SHIFTED = np.random.default_rng(0).integers(-99, 99, (40, 4)) * [2.0**30, 1e-9, 0, 1]
 OFFSET = np.array([1.7e18, 5, 0.1, 0])
-TABLE = SHIFTED + OFFSET
 FORMS = [("a.csv.gz", '\n"a, b",2020-1,c,"y"'), ("a.csv", ""), ("A.NPY", None)]
 FORMS += [("a.csv", "inf,trt,nan,y"), pytest.param("pipe", "a,b,c,d", marks=posix)]
 
 
 @parametrize("name, header", FORMS)
-def test_a_file_of_any_form_is_the_same_table(run, file, name, header):
-    data = file.with_name(name)
+def test_a_file_of_any_form_is_the_same_table(run, name, header):
+    data = pathlib.Path(name)
     if header is None:
-        with data.open("wb") as numpy_file:
-            np.save(numpy_file, TABLE)
+        with data.open("wb") as file:
+            np.save(file, SHIFTED + OFFSET)
     else:  # as a spreadsheet writes it: marked as UTF-8, with quotes
         style = {"header": header, "comments": "", "encoding": "utf-8-sig"}
-        np.savetxt(data, TABLE, '"%+.17e"', ",", "\r\n", **style)
-    if name == "pipe":
-        content = data.read_bytes()
-        data.unlink()
-        os.mkfifo(data)
-        threading.Thread(target=data.write_bytes, args=[content]).start()
-    text = run(train_basic, "--data", data, "--checkpoint", file)
-    judge(text, file, SHIFTED, offset=OFFSET)
+        np.savetxt(data, SHIFTED + OFFSET, '"%+.17e"', ",", "\r\n", **style)
+    with ThreadPoolExecutor() as pool:
+        if name == "pipe":
+            content = data.read_bytes()
+            data.unlink()
+            os.mkfifo(data)
+            pool.submit(data.write_bytes, content)
+        text = run(train_basic, f"--data={name}")
+    judge(text, table=SHIFTED, offset=OFFSET)
     assert ("line 1 is a header" in text) == bool(header)
     assert ("line 1 is a row of numbers" in text) == (header == "")
 
@@ -542,7 +495,7 @@ def cut_off(content):
 
 def without_weights(content):
     """Overwrite the weights in a checkpoint with zeros."""
-    weights = torch.load(io.BytesIO(content))["model"]["weight"].numpy().tobytes()
+    weights = weights_in(torch.load("run.pt"))[:-1].tobytes()
     return content.replace(weights, bytes(len(weights)))
 
 
@@ -552,116 +505,102 @@ def marked_as_folder(content):
     return content[:place] + b"\x10" + content[place + 1 :]
 
 
-TOO_FEW = "rows of 2 or more numbers are needed"
-NO_FLOAT = "could not convert string"
-NO_NUMBER = "column 2: a number is nan, infinite or too large"
-FOREIGN = "error: --checkpoint .*run.pt: damaged, or not from here"
-FOLDER_FAULT = "error: --checkpoint .*/run.pt: cannot write to its folder: "
-REFUSED = [
-    # a file, or flags and edits of a run before, or what changes its checkpoint;
-    # flags; what the error says
-    *[
-        (None, f"{flag}={value}", f"argument {flag}: .*{value}")
-        for value, flags in {
-            "0": "--batch-size --accumulation-steps --rows --epochs --lr",
-            "-1": "--hidden --seed --log-every",
-            "1.5": "--batch-size",
-            "nan": "--lr",
-            "x": "--lr",
-            "tpu": "--device",
-        }.items()
-        for flag in flags.split()
-    ],
-    (None, "--batch=4", "unrecognized arguments: --batch=4"),
-    (
-        None,
-        "--data=t.csv --rows=9",
-        "argument --rows: not allowed with argument --data",
-    ),
-    (None, "--device=cuda:2", "cuda:2 is not here, only cpu, cuda:0, cuda:1$"),
-    (None, "--lr=1e30", "error: epoch 1: a weight is not finite; try a lower --lr"),
-    (None, "--data=t.csv", "error: --data t.csv: .*not found"),
-    ("", "--data=t.csv", rf"{TOO_FEW}, not \(0, 1\)$"),
-    ("a\n1\n2\n", "--data=t.csv", rf"{TOO_FEW}, not \(2, 1\)$"),
-    (
-        "a,b\n1,2\n3,x\n",
-        "--data=t.csv",
-        f"{NO_FLOAT} 'x' to float64 at row 1, column 2",
-    ),
-    ("a,1\n1,2\n", "--data=t.csv", f"{NO_FLOAT} 'a' to float64 at row 0, column 1"),
-    ("a,b\n1,2\n3,nan\n", "--data=t.csv", f"error: --data t.csv: {NO_NUMBER}"),
-    ("a,b\n1,2\n3,2\n", "--data=t.csv", "the last column, the target, is the same"),
-    (",a,b\n0,1,2\n1,3,4\n", "--data=t.csv", "a column has no name"),
-    ("a,b\n0,1,2\n1,3,4\n", "--data=t.csv", "a column has no name"),
-    (np.ones(3), "--data=t.npy", rf"{TOO_FEW}, not \(3,\)$"),
-    (np.ones((3, 2)) * 1j, "--data=t.npy", r"dtype\('complex128'\)"),
-    (None, "--checkpoint=missing/run.pt", FOLDER_FAULT),
-    (None, "--checkpoint=/proc/run.pt", FOLDER_FAULT),
-    (cut_off, "", FOREIGN),
-    (without_weights, "", FOREIGN),
-    (marked_as_folder, "", FOREIGN),
-    (torch.ones(3), "", FOREIGN),
-    ({"settings": {}, "epoch": 1}, "", FOREIGN),
-    ({"settings": "x"}, "", FOREIGN),
-    ({"settings": "x", "epoch": "y"}, "", FOREIGN),
-    (Code(), "", FOREIGN),
+WRONG_FLAGS = {
+    "--batch-size=0": "argument --batch-size: 0 is below 1$",
+    "--accumulation-steps=0": "argument --accumulation-steps: 0 is below 1$",
+    "--rows=0": "argument --rows: 0 is below 1$",
+    "--epochs=0": "argument --epochs: 0 is below 1$",
+    "--hidden=-1": "argument --hidden: -1 is below 0$",
+    "--seed=-1": "argument --seed: -1 is below 0$",
+    "--log-every=-1": "argument --log-every: -1 is below 0$",
+    "--lr=0": "argument --lr: 0.0 is not above 0$",
+    "--lr=nan": "argument --lr: nan is not above 0$",
+    "--lr=x": "argument --lr: .*'x'$",
+    "--batch-size=1.5": "argument --batch-size: .*'1.5'$",
+    "--device=tpu": "argument --device: tpu is not here, only cpu, cuda:0, cuda:1$",
+    "--batch=4": "unrecognized arguments: --batch=4",
+    "--data=t.csv --rows=9": "argument --rows: not allowed with argument --data",
+    "--device=cuda:2": "cuda:2 is not here, only cpu, cuda:0, cuda:1$",
+    "--lr=1e30": "^error: epoch 1: a weight is not finite; try a lower --lr",
+    "--data=t.csv": "^error: --data t.csv: .*not found",
+    "--checkpoint=none/run.pt": "^error: --checkpoint .*: cannot write to its folder",
+    "--checkpoint=/proc/run.pt": "^error: --checkpoint .*: cannot write to its folder",
+}
+NO_TABLES = {
+    "": r"rows of 2 or more numbers are needed, not \(0, 1\)$",
+    "a\n1\n2\n": r"rows of 2 or more numbers are needed, not \(2, 1\)$",
+    "a,b\n1,2\n3,x\n": "could not convert string 'x' to float64 at row 1, column 2",
+    "a,1\n1,2\n": "could not convert string 'a' to float64 at row 0, column 1",
+    "a,b\n1,2\n3,nan\n": "column 2: a number is nan, infinite or too large",
+    "a,b\n1,2\n3,2\n": "the last column, the target, is the same in all rows",
+    ",a,b\n0,1,2\n1,3,4\n": "a column has no name",
+    "a,b\n0,1,2\n1,3,4\n": "a column has no name",
+}
+FOREIGN = [cut_off, without_weights, marked_as_folder, torch.ones(3), Code()]
+FOREIGN += [{"settings": {}, "epoch": 1}, {"settings": "x", "epoch": "y"}, {"epoch": 1}]
+DAMAGED = "^error: --checkpoint .*/run.pt: damaged, or not from here"
+BAD_DATA = "^error: --data t.csv: "
+# a file, or edits of a run before, or what changes its file; flags; what the error says
+REFUSED = [(None, flags, said) for flags, said in WRONG_FLAGS.items()]
+REFUSED += [(text, "--data=t.csv", BAD_DATA + said) for text, said in NO_TABLES.items()]
+REFUSED += [(content, "", DAMAGED) for content in FOREIGN]
+REFUSED += [
+    (np.ones(3), "--data=t.npy", r"^error: --data t.npy: rows of 2 .* not \(3,\)$"),
+    (np.ones((3, 2)) * 1j, "--data=t.npy", "^error: --data t.npy: .*'complex128'"),
     ({"settings": "x", "epoch": 0}, "", "^-x$"),
-    (["--lr=0.1"], "", r"^\+'lr': 0.05,$"),
-    (["--seed=1"], "", "^-'seed': 1}$"),
-    (["--batch-size=9"], "", r"^\+'rows per step': 32,$"),
-    (["--rows=999"], "", r"^-{'data': \['torch.float32 \(999, 10\), crc32 "),
+    ([], "--lr=0.1", r"^\+'lr': 0.1,$"),
+    ([], "--seed=1", r"^\+'seed': 1}$"),
+    ([], "--batch-size=9", "^-'rows per step': 32,$"),
+    ([], "--rows=999", r"^\+{'data': \['torch.float32 \(999, 10\), crc32 "),
     ([("parts, X, y)", "parts, X, -y)")], "", r"^-'torch.float32 \(1000, 1\), crc32 "),
-    (["--hidden=1"], "", r"^-'  \(1\): ReLU\(\)',$"),
-    ([ADAMW], "", r"^\+'optimizer': {'class': 'SGD',$"),
-    ([TENSOR_RATE], "", "^-'lr': 0.0500000"),
+    ([], "--hidden=1", r"^\+'  \(1\): ReLU\(\)',$"),
+    ([(OPTIMIZER, ADAMW)], "", r"^\+'optimizer': {'class': 'SGD',$"),
+    ([(OPTIMIZER, ADAMW)], "", "^-'lr': 0.0500000"),
     ([(PARTS, PARTS + MORE_PARTS)], "", "^-'scheduler': {'T_max': 2,$"),
-    (["--epochs=3"], "", "error: 3 epochs are done, more than --epochs"),
+    ([], "--epochs=1", "^error: 2 epochs are done, more than --epochs"),
 ]
+
+
+def files():
+    return {path: path.read_bytes() for path in pathlib.Path().iterdir()}
 
 
 @parametrize("content, flags, said", REFUSED)
 @pytest.mark.filterwarnings("ignore:loadtxt")
-def test_what_must_not_run_is_refused(
-    run, refused, tmp_path, monkeypatch, content, flags, said
-):
+def test_what_must_not_run_is_refused(run, capsys, monkeypatch, content, flags, said):
     """It is said in a line or line by line, before anything is loaded or changed."""
-    monkeypatch.chdir(tmp_path)
     if isinstance(content, str):
         pathlib.Path("t.csv").write_text(content)
     elif isinstance(content, np.ndarray):
         np.save("t.npy", content)
     elif isinstance(content, list):
-        flags_before = [change for change in content if isinstance(change, str)]
-        edits = [change for change in content if isinstance(change, tuple)]
-        run(edited(train_accum, *edits), "--checkpoint=run.pt", *flags_before)
+        run(edited(train_accum, *content))
     elif callable(content):
-        run(train_accum, "--checkpoint=run.pt")
-        changed = content(pathlib.Path("run.pt").read_bytes())
-        pathlib.Path("run.pt").write_bytes(changed)
+        run(train_accum)
+        file = pathlib.Path("run.pt")
+        file.write_bytes(content(file.read_bytes()))
     elif content is not None:
         torch.save(content, "run.pt")
-    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    before = files()
     monkeypatch.delattr(nn.Module, "load_state_dict")
     monkeypatch.delattr(torch.optim.Optimizer, "load_state_dict")
     believe_in(2, monkeypatch)
-    error = refused(train_accum, *flags.split() or ["--checkpoint=run.pt"])
+    with pytest.raises(SystemExit) as end:
+        run(train_accum, *flags.split())
+    assert end.value.code != 0
+    error = capsys.readouterr().err + str(end.value)
     assert re.search(said, error, re.MULTILINE)
-    first, *others = error.splitlines()
-    if not first.startswith("usage: "):
-        assert first.startswith("error: ")
-        assert {line[0] for line in others} <= {"-", "+"}
-    if flags in ("--data=t.csv", "--data=t.npy"):
-        assert first.startswith(f"error: {flags.replace('=', ' ')}: ")
+    assert re.fullmatch(r"usage: (.|\n)*|error: .*(\n[-+].*)*", error)
     assert "weights_only" not in error
-    assert files == {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert files() == before
 
 
 @parametrize("name", ["seed", "data", "epoch", "settings", "mean"])
-def test_a_part_cannot_have_the_name_of_something_else(run, file, name):
+def test_a_part_cannot_have_the_name_of_something_else(run, name):
     script = edited(train_basic, (PARTS, PARTS + f"    parts['{name}'] = optimizer\n"))
     with pytest.raises(TypeError, match=name):
-        run(script, "--checkpoint", file)
-    assert not file.exists()
+        run(script)
+    assert os.listdir() == []
 
 
 def test_data_of_any_type_are_compared():
@@ -678,84 +617,68 @@ def test_peak_memory_is_what_the_system_counts():
 
 
 # ---- checkpoint
-def save(file, model, epochs=1, **parts):
-    """Save a model and other parts."""
-    args = types.SimpleNamespace(checkpoint=str(file))
+def save(model, epochs=1, **parts):
+    args = types.SimpleNamespace(checkpoint="run.pt")
     common.save_checkpoint(args, "settings", {"model": model, **parts}, epochs)
 
 
-def test_a_file_is_replaced_once_it_is_whole_on_the_disk(file, monkeypatch):
-    save(file, nn.Linear(9, 1))
-    before = file.read_bytes()
-    sizes = []
-    names = set()
+def test_a_file_is_replaced_once_it_is_whole_on_the_disk(monkeypatch):
+    model = nn.Linear(99, 1)
+    save(model)
+    before = files()
+    found = []
 
     def fsync(descriptor):
-        assert file.read_bytes() == before
-        sizes.append(os.fstat(descriptor).st_size)
-        names.update(os.listdir(file.parent))
-        if len(sizes) == 2:
+        found.append(files().items() - before.items())
+        if len(found) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", fsync)
-    save(file, nn.Linear(9, 1), epochs=1)
-    before = file.read_bytes()
-    assert sizes == [file.stat().st_size]
     with pytest.raises(KeyboardInterrupt):
-        save(file, nn.Linear(99, 1), epochs=2)
-    assert os.listdir(file.parent) == ["run.pt"]
-    assert torch.load(file)["epoch"] == 1
-    assert len(names) == 3  # another temporary file in each run
+        save(model, epochs=2)
+    assert files() == before
+    save(model, epochs=2)
+    written = set.union(*found)
+    assert {content for _, content in written} == set(files().values())
+    assert len(written) == 2  # in a temporary file for each run
+    assert torch.load("run.pt")["epoch"] == 2
 
 
-@posix
-@parametrize("size", [100, 5000])  # torch and Python report it in other ways
-def test_a_full_disk_is_reported_and_leaves_what_was_there(run, refused, file, size):
-    resource = pytest.importorskip("resource")
-    flags = ["--hidden=999", "--lr=0.001", f"--checkpoint={file}"]
-    run(train_basic, *flags)
-    before = file.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        error = refused(train_basic, "--epochs=3", *flags)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"{file}: epoch 3 is not saved (" in error
-    assert "is the disk full" in error
-    assert file.read_bytes() == before
-    assert os.listdir(file.parent) == ["run.pt"]
-
-
-@parametrize("fault", [np.float64(0.1), lambda: 0.1, "a weight"])
-def test_what_cannot_be_used_again_is_not_saved(file, fault):
-    model = nn.Linear(9, 1)
+@parametrize("fault", [np.float64(0.1), lambda: 0.1, torch.nan, 100, 5000])
+def test_what_cannot_be_saved_is_reported_and_changes_no_file(fault):
+    """A number is a file's largest size, in bytes: torch and Python report it."""
+    model = nn.Linear(9999, 1)
     model.weight.data.fill_(3e38)  # finite, but the sum would overflow
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    save(file, model, optimizer=optimizer)
-    if fault == "a weight":
-        model.weight.data[0, 8] = torch.nan
-        said = "epoch 2: a weight is not finite"
-    else:
-        optimizer.param_groups[0]["lr"] = fault
-        said = "epoch 2 is not saved .* a state_dict"
-    with pytest.raises(SystemExit, match=said):
-        save(file, model, epochs=2, optimizer=optimizer)
-    assert torch.load(file)["epoch"] == 1
-    assert os.listdir(file.parent) == ["run.pt"]
+    save(model, optimizer=optimizer)
+    before = files()
+    said = "run.pt: epoch 2 is not saved .* the disk full, .* a state_dict"
+    with contextlib.ExitStack() as stack:
+        if fault is torch.nan:
+            model.weight.data[0, 8] = fault
+            said = "epoch 2: a weight is not finite"
+        elif isinstance(fault, int):
+            resource = pytest.importorskip("resource")
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fault, limits[1]))
+        else:
+            optimizer.param_groups[0]["lr"] = fault
+        with pytest.raises(SystemExit, match=said):
+            save(model, epochs=2, optimizer=optimizer)
+    assert files() == before
 
 
-def test_a_file_from_a_gpu_is_loaded_without_one(run, file, monkeypatch):
+def test_a_file_from_a_gpu_is_loaded_without_one(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-        run(train_basic, "--epochs=1", "--checkpoint", file)
+        run(train_basic, "--epochs=1")
     with pytest.raises(RuntimeError, match="CUDA"):
-        torch.load(file)
-    text = run(train_basic, "--checkpoint", file)
-    judge(text, file, make_table(1000), done=1)
+        torch.load("run.pt")
+    judge(run(train_basic), done=1)
 
 
-# ---- device
+# ---- devices and processes
 DEVICES = [  # accelerators, processes, --device, what the second process gets
     (0, 1, "auto", "cpu"),
     (1, 1, "auto", "cuda:0"),
@@ -786,157 +709,130 @@ def test_a_process_picks_its_device(monkeypatch, count, processes, name, device)
 
 
 @pytest.fixture
-def trains_on_a_device(run, monkeypatch):
-    """Return a function that trains on another device, of which numbers are not read.
+def on_a_device(run, monkeypatch):
+    """Return a function that trains on a device that PyTorch refuses to mix."""
 
-    PyTorch refuses to mix the two: whatever is not moved there is an error.
-    """
+    def check(args, settings, parts, *_, **more):
+        assert "meta" not in settings
+        assert all(weight.is_meta for weight in parts["model"].parameters())
 
-    def trains_on_a_device(script, *flags):
-        saved = []
+    def on_a_device(script, *flags):
         with monkeypatch.context() as patch:
             patch.setattr(common, "pick_device", lambda name: torch.device("meta"))
-            patch.setattr(common, "mean_loss", lambda *args: 1.0)
-            patch.setattr(common, "print_end", lambda *args: None)
-            patch.setattr(
-                common, "save_checkpoint", lambda *args, **_: saved.append(args)
-            )
-            run(script, "--rows=199", "--log-every=0", *flags)
-        for _, settings, parts, _ in saved:
-            assert "meta" not in settings
-            assert {weight.device.type for weight in parts["model"].parameters()} == {
-                "meta"
-            }
+            patch.setattr(common, "peak_memory", str)
+            patch.setattr(common, "save_checkpoint", check)
+            patch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
+            run(script, *flags, "--epochs=1", "--log-every=0")
 
-    return trains_on_a_device
+    return on_a_device
 
 
-@each_script
-@parametrize("edits", [[], [*YOUR_OWN[2:], TENSOR_RATE]], ids=["as it is", "your own"])
-def test_each_script_trains_on_a_device(trains_on_a_device, script, edits):
-    trains_on_a_device(edited(script, *edits))
-
-
-# ---- processes
-def worker(processes, edits):
-    """Run train_accum.py as one process of several; return what it did and printed.
-
-    If it may restart, process 1 kills itself once, in its 40th step.
-    """
-    rank = int(os.environ["RANK"])
-    restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    may_restart = restarts < int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
-    facts = {"rows": 0, "reductions": 0, "wrapped": 0, "seeds": set()}
-    facts |= {"prefix": None, "error": None}
+def worker(folder, processes, edits):
+    """Run train_accum.py as one process of several; return what it did and printed."""
+    facts = types.SimpleNamespace(rows=0, reductions=0, wrapped=0, seeds=set())
+    facts.prefix = facts.model = facts.error = None
 
     def count_rows(_, inputs):
-        facts["rows"] += len(inputs[0])
-        numpy_seed = int(np.random.get_state()[1][1])
-        facts["seeds"].add((torch.initial_seed(), numpy_seed, random.getstate()[1][1]))
+        facts.rows += len(inputs[0])
+        numpy_seed = np.random.get_state()[1][1]
+        facts.seeds.add((torch.initial_seed(), numpy_seed, random.getstate()[1][1]))
 
     def count_reductions(_, bucket):
-        facts["reductions"] += 1
-        if may_restart and rank == 1 and facts["reductions"] == 40:
-            os.kill(os.getpid(), signal.SIGKILL)
+        facts.reductions += 1
         return allreduce_hook(None, bucket)
 
     def watched(model):
-        facts["wrapped"] += 1
+        facts.wrapped += 1
         model = DistributedDataParallel(model)
         model.register_forward_pre_hook(count_rows)
         model.register_comm_hook(None, count_reductions)
         return model
 
-    class PrefixStore(torch.distributed.PrefixStore):
-        def __init__(self, prefix, store):
-            facts["prefix"] = prefix
-            super().__init__(prefix, store)
+    def watched_store(prefix, store):
+        facts.prefix = prefix
+        return PrefixStore(prefix, store)
 
     script = edited(train_accum, *edits)
     script.DistributedDataParallel = watched
-    torch.distributed.PrefixStore = PrefixStore
-    folder, *flags = processes[rank]
+    torch.distributed.PrefixStore = watched_store
     os.chdir(folder)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
-            flags = [*SPLIT_FLAGS, "--checkpoint=run.pt", *flags]
-            facts["model"] = str(script.main(flags))
+            flags = processes[int(os.environ["RANK"])]
+            facts.model = str(script.main([*SPLIT_FLAGS, *flags]))
         except SystemExit as end:
-            facts["error"] = end.code
-    facts["printed"] = out.getvalue()
+            facts.error = end.code
+    facts.printed = out.getvalue()
     torch.distributed.destroy_process_group()
     # a thread that outlives its process group can abort the process
-    tasks = pathlib.Path("/proc/self/task")
-    facts["threads"] = len(os.listdir(tasks)) if tasks.exists() else 1
-    return facts
+    facts.threads = len(list(pathlib.Path("/proc/self").glob("task/*")))
+    return vars(facts)
 
 
-def run_processes(*processes, machines=1, max_restarts=0, edits=()):
-    """Start a process for each (folder, *flags), as torchrun does.
+def run_processes(*processes, machines=1, restarts=0, edits=()):
+    """Start a process for each list of flags, as torchrun does.
 
-    Return what worker() returns. They are copies of a process that has imported torch,
-    which saves seconds.
+    Return lists of what worker() returns. A fork server saves importing torch again.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_scripts", "torch._dynamo"])
+    port = get_free_port()
+    local = len(processes) // machines
+    multiprocessing.set_forkserver_preload(["test_scripts", "torch._dynamo"])
 
     def launch(machine):
-        config = LaunchConfig(
-            min_nodes=machines,
-            max_nodes=machines,
-            nproc_per_node=len(processes) // machines,
-            run_id="test",
-            rdzv_backend="static",
-            rdzv_endpoint=f"127.0.0.1:{port}",
-            rdzv_configs={"rank": machine, "timeout": HANG},
-            max_restarts=max_restarts,
-            start_method="forkserver",
-        )
-        return elastic_launch(config, worker)(processes, edits)
+        flags = [f"--nnodes={machines}", f"--node-rank={machine}"]
+        flags += [f"--nproc-per-node={local}", f"--max-restarts={restarts}"]
+        flags += [f"--master-port={port}", "--start-method=forkserver", "worker"]
+        config, _, _ = config_from_args(parse_args([f"--log-dir={os.devnull}", *flags]))
+        return elastic_launch(config, worker)(os.getcwd(), processes, edits)
 
+    facts = {}
     with ThreadPoolExecutor() as pool:
-        facts = {}
         for results in pool.map(launch, range(machines)):
             facts |= results
-    return [facts[rank] for rank in range(len(processes))]
+    return types.SimpleNamespace(
+        **{name: [facts[rank][name] for rank in sorted(facts)] for name in facts[0]}
+    )
+
+
+KILL = """
+            if (rank, epoch, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (1, 1, "0"):
+                os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 @posix
-def test_three_processes_share_each_batch(file):
-    process = [file.parent, "--rows=100", "--batch-size=7", "--accumulation-steps=3"]
-    facts = run_processes(process, process, process)
-    judge(facts[0]["printed"], file, make_table(100), rows_per_step=21)
-    assert sum(fact["rows"] for fact in facts) == 2 * 100
-    assert [fact["reductions"] for fact in facts] == [2 * 5] * 3  # one a step
-    assert [fact["wrapped"] for fact in facts] == [2] * 3  # anew, as after resuming
-    for seeds in zip(*set.union(*(fact["seeds"] for fact in facts))):
+def test_processes_share_each_batch_and_a_kill_costs_an_epoch_at_most(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", os.getcwd())  # torch leaves a file there
+    flags = ["--rows=100", "--epochs=3", "--batch-size=7", "--accumulation-steps=3"]
+    edits = [("import time", "import os, signal, time"), (STEP, STEP + KILL)]
+    facts = run_processes(flags, flags, flags, edits=edits, restarts=1)
+    judge(facts.printed[0], *flags, done=1)
+    assert facts.printed[1:] == ["", ""]
+    assert sum(facts.rows) == 2 * 100
+    assert facts.reductions == [2 * 5] * 3  # one a step
+    assert facts.wrapped == [2] * 3  # anew, as after resuming
+    for seeds in zip(*set.union(*facts.seeds)):
         assert len(set(seeds)) == 2 * 3  # of torch, of numpy and of random
-    assert {seed for seed, _, _ in facts[0]["seeds"]} == {seed_of(0, 0), seed_of(0, 1)}
-    assert [fact["printed"] for fact in facts[1:]] == ["", ""]
-    assert {fact["model"] for fact in facts} == {str(nn.Linear(10, 1))}
-    assert {fact["prefix"] for fact in facts} == {"0"}
-    assert {fact["threads"] for fact in facts} == {1}
+    assert {seed for seed, _, _ in facts.seeds[0]} == {seed_of(0, 1), seed_of(0, 2)}
+    assert facts.model == [str(nn.Linear(10, 1))] * 3
+    assert facts.prefix == ["1"] * 3
+    assert max(facts.threads) <= 1
 
 
 @posix
-def test_two_machines_resume_from_the_file_of_the_first(run, tmp_path):
+def test_two_machines_resume_from_the_file_of_the_first(run):
     """A micro-batch has a single row, so one of the shares is empty."""
-    machines = []
-    for name in ("first", "second"):
-        folder = tmp_path / name
-        folder.mkdir()
-        data = folder / f"{name}.npy"
-        np.save(data, make_table(33))
-        machines.append([folder, f"--data={data}", "--batch-size=1"])
-    file = tmp_path / "first" / "run.pt"
-    run(train_accum, *machines[0][1:], "--epochs=1", "--checkpoint", file)
-    zero, one = run_processes(*machines, machines=2)
-    judge(zero["printed"], file, make_table(33), rows_per_step=4, done=1)
-    assert zero["rows"] + one["rows"] == 33
-    assert zero["prefix"] is one["prefix"] is None  # each counts its own restarts
-    assert os.listdir(tmp_path / "second") == ["second.npy"]
+    np.save("first.npy", make_table(33))
+    np.save("second.npy", make_table(33))
+    flags = ["--batch-size=1", "--accumulation-steps=4"]
+    first = [*flags, "--data=first.npy"]
+    second = [*flags, "--data=second.npy", "--checkpoint=second.pt"]
+    run(train_accum, *first, "--epochs=1")
+    facts = run_processes(first, second, machines=2)
+    judge(facts.printed[0], *flags, table=make_table(33), done=1)
+    assert sum(facts.rows) == 33
+    assert facts.prefix == [None, None]  # each counts its own restarts
+    assert sorted(os.listdir()) == ["first.npy", "run.pt", "second.npy"]
 
 
 UNLIKE = [  # flags of two processes, and a line of their error
@@ -949,36 +845,25 @@ UNLIKE = [  # flags of two processes, and a line of their error
 
 @posix
 @parametrize("first, second, line", UNLIKE)
-def test_processes_that_must_not_train_end_alike(tmp_path, first, second, line):
+def test_processes_that_must_not_train_end_alike(first, second, line):
     table = np.random.default_rng(0).random((9, 3))
-    np.save(tmp_path / "0.npy", table)
-    table[[7, 8]] = table[[8, 7]]
-    np.save(tmp_path / "1.npy", table)
-    zero, one = run_processes((tmp_path, first), (tmp_path, second))
-    assert zero["error"] == one["error"]
-    assert line in one["error"]
-    assert sorted(os.listdir(tmp_path)) == ["0.npy", "1.npy"]
+    np.save("0.npy", table)
+    np.save("1.npy", table[::-1])
+    before = files()
+    zero, one = run_processes([first], [second]).error
+    assert zero == one
+    assert line in one
+    assert files() == before
 
 
-@posix
-def test_a_killed_process_costs_its_epoch_at_most(file):
-    process = [file.parent, "--rows=1037", "--epochs=3"]
-    facts = run_processes(process, process, max_restarts=1)
-    judge(facts[0]["printed"], file, make_table(1037), epochs=3, done=1)
-    assert sum(fact["rows"] for fact in facts) == 2 * 1037
-    assert [fact["reductions"] for fact in facts] == [2 * 33] * 2  # one a step
-    assert len(set.union(*(fact["seeds"] for fact in facts))) == 2 * 2  # other masks
-    assert {fact["prefix"] for fact in facts} == {"1"}
-    assert {fact["threads"] for fact in facts} == {1}
-
-
-def test_scripts_for_one_process_refuse_several(run, refused, file, monkeypatch):
+def test_scripts_for_one_process_refuse_several(run, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")  # left over, without torchrun
-    judge(run(train_accum, "--checkpoint", file), file, make_table(1000))
+    judge(run(train_accum))
     for script in (train_basic, train_manual):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-        assert "error: this script is for one process" in refused(script)
+        with pytest.raises(SystemExit, match="error: this script is for one process"):
+            run(script)
         monkeypatch.setenv("WORLD_SIZE", "1")
         run(script)
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -991,11 +876,7 @@ SECTIONS = {  # title: [(kind, block)]
     section.partition("\n")[0]: BLOCK.findall(section)
     for section in re.split("^#+ ", README, flags=re.MULTILINE)
 }
-LOOP = next(block for blocks in SECTIONS.values() for kind, block in blocks)
-LOADER = "DataLoader(TensorDataset(X, y), batch_size=8, shuffle=True)"
-OTHER_LOADER = "list(zip(X.split(8), y.split(8)))"
-LINEAR = "torch.nn.Linear(10, 1)"
-NORM = "torch.nn.Sequential(torch.nn.BatchNorm1d(10), torch.nn.Linear(10, 1))"
+_, LOOP = BLOCK.search(README).groups()
 CLASSES = [
     ("optimizer = ", "y = torch.arange(1037) % 5\noptimizer = "),
     ("F.mse_loss", "F.cross_entropy"),
@@ -1006,28 +887,27 @@ PADDING = [
     ("n_targets = sum(targets.numel() for _, targets in micro_batches)", ""),
     ("# with padding: ", "n_targets = "),
 ]
+LOADER = "DataLoader(TensorDataset(X, y), batch_size=8, shuffle=True)"
 LOOPS = {  # edits, and the loss function
     "as it is": ([], F.mse_loss),
     "another loss": ([("F.mse_loss", "F.l1_loss")], F.l1_loss),
-    "another loader": ([(LOADER, OTHER_LOADER)], F.mse_loss),
+    "another loader": ([(LOADER, "list(zip(X.split(8), y.split(8)))")], F.mse_loss),
     "classes": (CLASSES, F.cross_entropy),
     "padding": ([*CLASSES, *PADDING], F.cross_entropy),
-    "a frozen layer": ([(LINEAR, NORM.replace("(10),", "(10).eval(),"))], F.mse_loss),
+    "a frozen layer": ([(LINEAR, FROZEN)], F.mse_loss),
 }
 
 
 @parametrize("edits, loss_fn", LOOPS.values(), ids=LOOPS.keys())
 def test_the_loop_to_copy_takes_the_steps_of_whole_batches(capsys, edits, loss_fn):
-    block = replaced(LOOP, *edits)
     split, whole = {}, {}
+    block = replaced(LOOP, *edits)
     exec(block, split)
-    setup, _, _ = block.partition("for epoch")
-    exec(setup, whole)
+    set_up, _, _ = block.partition("for epoch")
+    exec(set_up.replace("8", "32"), whole)
     model, optimizer = whole["model"], whole["optimizer"]
-    loader = OTHER_LOADER if OTHER_LOADER in block else LOADER
-    loader = eval(loader.replace("8", "32"), whole)
     for _ in range(10):
-        for inputs, targets in loader:
+        for inputs, targets in whole["loader"]:
             optimizer.zero_grad()
             loss = loss_fn(model(inputs), targets)
             loss.backward()
@@ -1036,138 +916,92 @@ def test_the_loop_to_copy_takes_the_steps_of_whole_batches(capsys, edits, loss_f
     assert_close(float(capsys.readouterr().out.split()[-1]), loss.item())
 
 
-def test_the_loop_to_copy_keeps_little_and_survives_a_step_of_padding():
-    """No micro-batch is too short for a BatchNorm, either."""
-    kept = set()
-    for steps in (1, 9):
-        edits = [
-            (LINEAR, NORM),
-            ("range(10)", "range(1)"),
-            ("steps = 4", f"steps = {steps}"),
-        ]
-        kept.add(most_tensors_kept(exec, replaced(LOOP, *edits), {}))
-    assert len(kept) == 1
+def test_the_loop_to_copy_survives_a_step_of_padding():
     names = {}
     exec(replaced(LOOP, *CLASSES, *PADDING, ("y[::3] = -100", "y[:] = -100")), names)
     assert np.isfinite(weights_of(names["model"])).all()
 
 
 def recipe(title):
-    """Return the edits (old, new) of a recipe's diff."""
+    """Return the edits of a recipe's diff: without its new lines, without its old."""
     [diff] = [block for kind, block in SECTIONS[title] if kind == "diff"]
-    edits = []
-    for change in diff.split("@@\n"):
-        lines = [line or " " for line in change.splitlines()]
-        old = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
-        new = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
-        edits.append((old, new))
-    return edits
-
-
-def images(rows):
-    """Return the items of the README's own Dataset."""
-    items = torch.arange(rows)
-    return (items / rows).view(-1, 1, 1, 1).expand(-1, 3, 8, 8), items % 10
+    return [
+        tuple(re.sub(rf"^[{sign}].*\n|^.", "", change, flags=re.M) for sign in "+-")
+        for change in diff.split("@@\n")
+    ]
 
 
 TOGETHER = [SCHEDULE, VALIDATION, SAVES, PENALTY]
 RECIPES = [[VALIDATION], ["bf16"], [FREEZING]]
 RECIPES += [TOGETHER, [DATASET, *TOGETHER], [TENSORS, *TOGETHER]]
-SEVERAL = "torch.arange(1650).view(165, 10) % 7 / 7"
-SMALLER = {  # 65 rows for training, so the last step has a single one; two saves
-    DATASET: [("return 1000", "return 165"), ("/ 1000", "/ 165")],
-    TENSORS: [("192_000).view(1000", "165 * 192).view(165")],
-    SAVES: [("10 * args.batch_size", "2 * args.batch_size")],
+SEVERAL = "torch.arange(10_000).view(1000, 10) % 7 / 7"  # targets of a row
+OTHER = {
+    DATASET: [(", num_workers=2", "")],
+    TENSORS: [("torch.arange(1000) // 100", SEVERAL), ("cross_entropy", "mse_loss")],
 }
-SMALLER[DATASET] += [(", num_workers=2", "")]
-SMALLER[TENSORS] += [
-    ("torch.arange(1000) // 100", SEVERAL),
-    ("cross_entropy", "mse_loss"),
-]
-
-
-def first_model(recipes):
-    """Return the data, the loss and the first model of a script with some recipes."""
-    if DATASET in recipes:
-        items = torch.arange(165)
-        X = (items / 165).view(165, 1, 1, 1).expand(165, 3, 8, 8)
-        model = nn.Sequential(nn.Flatten(1), nn.Linear(192, 10))
-        return X, items % 10, F.cross_entropy, model
-    if TENSORS in recipes:
-        X = torch.linspace(-1, 1, 165 * 192).view(165, 3, 8, 8)
-        model = nn.Sequential(nn.Flatten(1), nn.Linear(192, 10))
-        return X, eval(SEVERAL), F.mse_loss, model
-    X, y, _, _ = standardise(make_table(165))
-    if FREEZING in recipes:
-        model = nn.Sequential(nn.Linear(10, 3), nn.ReLU(), nn.Linear(3, 1))
-        return X, y, F.mse_loss, model
-    return X, y, F.mse_loss, nn.Linear(10, 1)
-
-
-def validate(model, saved, loss_fn, X, y):
-    """Return the number of the best weights, and of those at which training stops."""
-    losses = []
-    for weights in saved:
-        nn.utils.vector_to_parameters(torch.tensor(weights), model.parameters())
-        losses.append(loss_fn(model(X), y).item())
-        best = int(np.argmin(losses))
-        if len(losses) == best + 6:  # five without a better one
-            break
-    return best, len(losses) - 1
+ITEMS = torch.arange(1000)
+IMAGES = (ITEMS / 1000).view(1000, 1, 1, 1).expand(1000, 3, 8, 8)
+RAMP = torch.linspace(-1, 1, 192_000).view(1000, 3, 8, 8)
+DATA = {  # inputs, targets and loss function
+    DATASET: (IMAGES, ITEMS % 10, F.cross_entropy),
+    TENSORS: (RAMP, eval(SEVERAL), F.mse_loss),
+}
+TABLE = (*standardise(make_table(1000))[:2], F.mse_loss)
 
 
 @parametrize("recipes", RECIPES, ids="+".join)
-def test_recipes_take_the_steps_of_a_plain_loop(
-    run, resumed, trains_on_a_device, monkeypatch, tmp_path, recipes
-):
-    """Also after kills, with whole batches, and over two processes."""
-    monkeypatch.chdir(tmp_path)
-    edits = [
-        edit for title in recipes for edit in recipe(title) + SMALLER.get(title, [])
-    ]
+def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recipes):
+    """Also after kills, with whole batches, and over two processes.
+
+    The last micro-batch of the 900 rows that validation leaves has a single one.
+    """
+    edits = [edit for title in recipes for edit in recipe(title) + OTHER.get(title, [])]
     script = edited(train_accum, *edits)
-    sizes = {"epochs": 5, "lr": 0.05}
+    flags = ["--epochs=5", "--batch-size=29", "--accumulation-steps=2"]
     if recipes == [VALIDATION]:  # such a rate that it soon gets worse
-        sizes = {"epochs": 12, "lr": 0.46}
-    flags = [f"--{name}={value}" for name, value in sizes.items()]
-    flags += ["--rows=165", "--checkpoint=run.pt"]
-    flags += ["--hidden=3"] if FREEZING in recipes else []
+        flags += ["--epochs=12", "--lr=0.46"]
     tolerance = 1e-3 if "bf16" in recipes else 1e-5
 
     torch.manual_seed(0)
-    training = torch.arange(165)
+    validation, training = [], ITEMS
     if VALIDATION in recipes:
-        validation, training = torch.randperm(165).split([100, 65])
-    X, y, loss_fn, model = first_model(recipes)
-    data = X[training], y[training], loss_fn
-    steps, weights = train_plainly(model, *data, recipes=recipes, **sizes)
-    last_step = max(step for _, step, _ in steps)
-    every = 2 if SAVES in recipes else last_step
-    saved = [
-        vector
-        for (_, step, _), vector in zip(steps, weights)
-        if step % every == 0 or step == last_step
-    ]
-    last = len(saved) - 1
+        validation, training = torch.randperm(1000).split([100, 900])
+    X, y, loss_fn = DATA.get(recipes[0], TABLE)
+    if recipes[0] in DATA:
+        model = nn.Sequential(nn.Flatten(1), nn.Linear(192, 10))
+    elif FREEZING in recipes:
+        model = nn.Sequential(nn.Linear(10, 3), nn.ReLU(), nn.Linear(3, 1))
+        flags += ["--hidden=3"]
+    else:
+        model = nn.Linear(10, 1)
+    plain = model, X[training], y[training], sizes_in(flags)
+    _, saved = train_plainly(*plain, loss_fn, recipes)
+    best, last = 0, len(saved) - 1
     if VALIDATION in recipes:
-        best, last = validate(model, saved, loss_fn, X[validation], y[validation])
+        losses = [loss_fn(model(X[validation]), y[validation]) for model in saved]
+        for last, loss in enumerate(losses):
+            if loss < losses[best]:
+                best = last
+            if last == best + 5:  # as many without a better one
+                break
 
     if "bf16" not in recipes:
-        trains_on_a_device(script, *flags)
+        on_a_device(script, *flags)
+    expected = weights_of(saved[last])
     state = resumed(script, *flags)
     assert state["epoch"] == last + 1
-    assert ("rows between saves: 64" in state["settings"]) == (SAVES in recipes)
-    assert_close(weights_in(state["model"]), saved[last], tolerance)
-    run(script, *flags, "--batch-size=32", "--accumulation-steps=1")
-    assert_close(read_weights("run.pt"), saved[last], tolerance)
+    assert ("rows between saves: 580" in state["settings"]) == (SAVES in recipes)
+    assert_close(weights_in(state), expected, tolerance)
+    run(script, *flags, "--batch-size=58", "--accumulation-steps=1")
+    assert_close(weights_in(torch.load("run.pt")), expected, tolerance)
     if os.name == "posix":
         os.remove("run.pt")
-        run_processes((tmp_path, *flags), (tmp_path, *flags), edits=edits)
-        assert_close(read_weights("run.pt"), saved[last], tolerance)
+        run_processes(flags, flags, edits=edits)
+        assert_close(weights_in(torch.load("run.pt")), expected, tolerance)
     if VALIDATION in recipes:
         [code] = re.findall(r"`(model\.load_state_dict\([^`]*\))`", README)
         exec(code)
-        assert_close(weights_of(model), saved[best])
+        assert_close(weights_of(model), weights_of(saved[best]))
 
 
 class SmallMemory(nn.Linear):
@@ -1193,19 +1027,18 @@ class SmallMemory(nn.Linear):
         raise torch.OutOfMemoryError
 
 
-def test_the_recipe_for_out_of_memory(run, resumed, file, trains_on_a_device):
+def test_the_recipe_for_out_of_memory(run, resumed, on_a_device):
     edits = [*recipe("Out of memory"), (MODEL, "SmallMemory(10, 1)")]
     script = edited(train_basic, *edits)
     script.SmallMemory = SmallMemory
-    text = run(script, "--rows=1037", "--checkpoint", file)
-    judge(text, file, make_table(1037))
+    judge(run(script, "--rows=1037"), "--rows=1037")
+    os.remove("run.pt")
     resumed(script, "--rows=1037", tolerance=1e-5)
-    trains_on_a_device(edited(train_basic, *recipe("Out of memory")))
+    on_a_device(edited(train_basic, *recipe("Out of memory")))
 
 
 def test_the_flags_of_each_command_are_right():
-    texts = [block for blocks in SECTIONS.values() for _, block in blocks]
-    commands = re.findall(r"(train_\w+)\.py (--.*)", "".join(texts))
+    commands = re.findall(r"(train_\w+)\.py (--.*)", README)
     assert len(commands) >= 6
     for script, flags in commands:
         assert (FOLDER / f"{script}.py").exists()
@@ -1213,9 +1046,8 @@ def test_the_flags_of_each_command_are_right():
 
 
 @posix
-@parametrize("title", ["Proof", "Your own tensors or table, and a prediction"])
-def test_the_commands_and_blocks_of_a_section_run(tmp_path, monkeypatch, title):
-    monkeypatch.chdir(tmp_path)
+@parametrize("title", ["Proof", TENSORS])
+def test_the_commands_and_blocks_of_a_section_run(title):
     for kind, block in SECTIONS[title]:
         if kind == "python":
             exec(block, {})
@@ -1227,5 +1059,5 @@ def test_the_commands_and_blocks_of_a_section_run(tmp_path, monkeypatch, title):
                 sys.modules[words[0].removesuffix(".py")].main(words[1:])
             else:
                 words[words.index("train_accum.py")] = train_accum.__file__
-                process = start(tmp_path, "-m", "torch.distributed.run", *words)
-                assert "processes: 2" in finish(process)
+                text = start("-m", "torch.distributed.run", "--log-dir=.", *words)
+                assert "processes: 2" in text
