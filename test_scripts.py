@@ -644,7 +644,7 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(monkeypatch):
     assert torch.load("run.pt")["epoch"] == 2
 
 
-@parametrize("fault", [np.float64(0.1), lambda: 0.1, torch.nan, 100, 5000])
+@parametrize("fault", [np.float64(0.1), lambda: 0.1, torch.inf, 100, 5000])
 def test_what_cannot_be_saved_is_reported_and_changes_no_file(fault):
     """A number is a file's largest size, in bytes: torch and Python report it."""
     model = nn.Linear(9999, 1)
@@ -654,7 +654,7 @@ def test_what_cannot_be_saved_is_reported_and_changes_no_file(fault):
     before = files()
     said = "run.pt: epoch 2 is not saved .* the disk full, .* a state_dict"
     with contextlib.ExitStack() as stack:
-        if fault is torch.nan:
+        if fault is torch.inf:
             model.weight.data[0, 8] = fault
             said = "epoch 2: a weight is not finite"
         elif isinstance(fault, int):
