@@ -9,7 +9,6 @@ are compared with those of the scripts, and of copies with the README's recipes.
 
 import contextlib
 import copy
-import functools
 import io
 import json
 import math
@@ -46,7 +45,6 @@ import train_basic
 import train_manual
 
 SCRIPTS = [train_basic, train_accum, train_manual]
-FOLDER = pathlib.Path(__file__).parent
 
 parametrize = pytest.mark.parametrize
 each_script = parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -140,7 +138,7 @@ def seed_of(seed, epoch):
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-def judge(text, *flags, table=None, offset=0, done=0, file="run.pt"):
+def judge(text, *flags, table=None, offset=0, done=0):
     """Compare what a run printed, and its file, with the judge.
 
     `done` epochs were finished before. An `offset` of the table must not matter.
@@ -150,12 +148,12 @@ def judge(text, *flags, table=None, offset=0, done=0, file="run.pt"):
     torch.manual_seed(sizes.seed)
     model = nn.Linear(X.shape[1], 1)
     expected, _ = train_plainly(model, X, y, sizes)
-    expected = [step for step in expected if step[0] > done]
+    expected = np.reshape(expected, (-1, 3))
     steps, loss = read(text)
-    assert_close(steps, np.reshape(expected, (-1, 3)), 2e-5)
+    assert_close(steps, expected[expected[:, 0] > done], 2e-5)
     assert_close(loss, F.mse_loss(model(X), y).item(), 2e-5)
-    if file is not None:
-        state = torch.load(file)
+    if os.path.exists("run.pt"):
+        state = torch.load("run.pt")
         assert state["epoch"] == sizes.epochs
         assert_close(weights_in(state), weights_of(model))
         assert_close((state["mean"].numpy() - offset - mean) / std, 0)
@@ -213,7 +211,8 @@ def resumed(run, monkeypatch):
     def resumed(script, *flags, tolerance=0):
         flags = ["--epochs=3", *flags]
         whole = read(run(script, *flags))
-        state = taken()
+        state = torch.load("run.pt")
+        os.remove("run.pt")
         with monkeypatch.context() as patch:
             patch.setattr(common, "save_checkpoint", save_and_die)
             for _ in range(state["epoch"] - 1):
@@ -221,21 +220,15 @@ def resumed(run, monkeypatch):
                     run(script, *flags)
         for found, expected in zip(read(run(script, *flags)), whole):
             assert_close(found, expected, tolerance)
-        again = taken()
+        again = torch.load("run.pt")
+        os.remove("run.pt")
         assert_close(weights_in(again), weights_in(state), tolerance)
         if tolerance == 0:
-            lists = functools.partial(json.dumps, default=torch.Tensor.tolist)
+            lists = json.JSONEncoder(default=torch.Tensor.tolist).encode
             assert lists(again) == lists(state)
         return state
 
     return resumed
-
-
-def taken():
-    """Return what is in the file of a run, and remove it."""
-    state = torch.load("run.pt")
-    os.remove("run.pt")
-    return state
 
 
 def edited(script, *edits):
@@ -264,7 +257,7 @@ def test_smoke_each_script_runs_without_flags():
         texts = list(pool.map(start, [script.__file__ for script in SCRIPTS]))
     for text, size in zip(texts, [32, 8 * 4, 16]):
         flags = ["--epochs=10", "--lr=0.01", "--log-every=10", f"--batch-size={size}"]
-        judge(text, *flags, file=None)
+        judge(text, *flags)
     assert os.listdir() == []
 
 
@@ -307,12 +300,11 @@ def test_each_split_takes_the_steps_of_the_judge(run, script, size, steps, rows)
 
 @posix
 def test_a_script_resumes_from_the_file_of_another(run):
-    link = pathlib.Path("link.pt")
-    link.symlink_to("run.pt")
+    os.symlink("run.pt", "link.pt")
     for done, script in enumerate([*SCRIPTS, train_basic]):
         flags = ["--rows=100", "--checkpoint=link.pt", f"--epochs={min(done + 1, 3)}"]
         judge(run(script, *flags), *flags, done=done)
-    assert link.is_symlink()
+    assert os.path.islink("link.pt")
 
 
 @each_script
@@ -489,10 +481,6 @@ class Code:
         return open, ("opened", "w")  # a pickle may do this when it is loaded
 
 
-def cut_off(content):
-    return content[:-9]
-
-
 def without_weights(content):
     """Overwrite the weights in a checkpoint with zeros."""
     weights = weights_in(torch.load("run.pt"))[:-1].tobytes()
@@ -536,7 +524,13 @@ NO_TABLES = {
     ",a,b\n0,1,2\n1,3,4\n": "a column has no name",
     "a,b\n0,1,2\n1,3,4\n": "a column has no name",
 }
-FOREIGN = [cut_off, without_weights, marked_as_folder, torch.ones(3), Code()]
+FOREIGN = [
+    lambda content: content[:-9],
+    without_weights,
+    marked_as_folder,
+    torch.ones(3),
+    Code(),
+]
 FOREIGN += [{"settings": {}, "epoch": 1}, {"settings": "x", "epoch": "y"}, {"epoch": 1}]
 DAMAGED = "^error: --checkpoint .*/run.pt: damaged, or not from here"
 BAD_DATA = "^error: --data t.csv: "
@@ -546,7 +540,7 @@ REFUSED += [(text, "--data=t.csv", BAD_DATA + said) for text, said in NO_TABLES.
 REFUSED += [(content, "", DAMAGED) for content in FOREIGN]
 REFUSED += [
     (np.ones(3), "--data=t.npy", r"^error: --data t.npy: rows of 2 .* not \(3,\)$"),
-    (np.ones((3, 2)) * 1j, "--data=t.npy", "^error: --data t.npy: .*'complex128'"),
+    (np.eye(2) * 1j, "--data=t.npy", "^error: --data t.npy: .*'complex128'"),
     ({"settings": "x", "epoch": 0}, "", "^-x$"),
     ([], "--lr=0.1", r"^\+'lr': 0.1,$"),
     ([], "--seed=1", r"^\+'seed': 1}$"),
@@ -587,10 +581,9 @@ def test_what_must_not_run_is_refused(run, capsys, monkeypatch, content, flags, 
     believe_in(2, monkeypatch)
     with pytest.raises(SystemExit) as end:
         run(train_accum, *flags.split())
-    assert end.value.code != 0
     error = capsys.readouterr().err + str(end.value)
     assert re.search(said, error, re.MULTILINE)
-    assert re.fullmatch(r"usage: (.|\n)*|error: .*(\n[-+].*)*", error)
+    assert re.fullmatch(r"usage: (.|\n)*\n2|error: .*(\n[-+].*)*", error)
     assert "weights_only" not in error
     assert files() == before
 
@@ -609,11 +602,15 @@ def test_data_of_any_type_are_compared():
     assert len(texts) == 4
 
 
-def test_peak_memory_is_what_the_system_counts():
+def test_peak_memory_is_what_the_system_or_the_device_counts(monkeypatch):
     resource = pytest.importorskip("resource")
+    np.ones(2**25)  # 256 MiB, freed at once
     peak = re.match(r"(\d+) MiB", common.peak_memory(torch.device("cpu")))
     counted = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    assert peak is None or 100 < int(peak[1]) < 1.1 * counted
+    assert peak is None or 0.9 * counted < int(peak[1]) < 1.1 * counted
+    counter = "torch.accelerator.max_memory_allocated"
+    monkeypatch.setattr(counter, lambda device: 3 * 2**20)
+    assert common.peak_memory(torch.device("cuda")) == "3 MiB of the device"
 
 
 # ---- checkpoint
@@ -730,7 +727,7 @@ def on_a_device(run, monkeypatch):
 def worker(folder, processes, edits):
     """Run train_accum.py as one process of several; return what it did and printed."""
     facts = types.SimpleNamespace(rows=0, reductions=0, wrapped=0, seeds=set())
-    facts.prefix = facts.model = facts.error = None
+    facts.prefix = None
 
     def count_rows(_, inputs):
         facts.rows += len(inputs[0])
@@ -846,9 +843,8 @@ UNLIKE = [  # flags of two processes, and a line of their error
 @posix
 @parametrize("first, second, line", UNLIKE)
 def test_processes_that_must_not_train_end_alike(first, second, line):
-    table = np.random.default_rng(0).random((9, 3))
-    np.save("0.npy", table)
-    np.save("1.npy", table[::-1])
+    np.save("0.npy", make_table(9))
+    np.save("1.npy", make_table(9)[::-1])
     before = files()
     zero, one = run_processes([first], [second]).error
     assert zero == one
@@ -870,7 +866,7 @@ def test_scripts_for_one_process_refuse_several(run, monkeypatch):
 
 
 # ---- README
-README = (FOLDER / "README.md").read_text(encoding="utf-8")
+README = pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SECTIONS = {  # title: [(kind, block)]
     section.partition("\n")[0]: BLOCK.findall(section)
@@ -950,6 +946,7 @@ TABLE = (*standardise(make_table(1000))[:2], F.mse_loss)
 
 
 @parametrize("recipes", RECIPES, ids="+".join)
+@pytest.mark.filterwarnings("error:.*device_type")
 def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recipes):
     """Also after kills, with whole batches, and over two processes.
 
@@ -991,6 +988,7 @@ def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recip
     state = resumed(script, *flags)
     assert state["epoch"] == last + 1
     assert ("rows between saves: 580" in state["settings"]) == (SAVES in recipes)
+    assert ("photos, version 3" in state["settings"]) == (DATASET in recipes)
     assert_close(weights_in(state), expected, tolerance)
     run(script, *flags, "--batch-size=58", "--accumulation-steps=1")
     assert_close(weights_in(torch.load("run.pt")), expected, tolerance)
@@ -1041,7 +1039,7 @@ def test_the_flags_of_each_command_are_right():
     commands = re.findall(r"(train_\w+)\.py (--.*)", README)
     assert len(commands) >= 6
     for script, flags in commands:
-        assert (FOLDER / f"{script}.py").exists()
+        assert script in sys.modules
         common.parse_args(shlex.split(flags), "", batch_size=8, accumulation_steps=4)
 
 
