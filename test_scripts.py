@@ -946,7 +946,7 @@ TABLE = (*standardise(make_table(1000))[:2], F.mse_loss)
 
 
 @parametrize("recipes", RECIPES, ids="+".join)
-@pytest.mark.filterwarnings("error:.*device_type")
+@pytest.mark.filterwarnings("error:.*Disabling")
 def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recipes):
     """Also after kills, with whole batches, and over two processes.
 
