@@ -25,6 +25,7 @@ import tempfile
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def standardise(table):
 
 
 def sizes_in(flags):
-    """Return the numbers that some flags give, after FLAGS."""
+    """Return the numbers in FLAGS and in some flags; the last one of a name counts."""
     flags = ["--rows=1000", "--accumulation-steps=1", *FLAGS, *flags]
     found = re.findall(r"--(\S+)=([\d.]+)", " ".join(flags))
     sizes = {name.replace("-", "_"): json.loads(number) for name, number in found}
@@ -201,7 +202,7 @@ def run(capsys):
 
 @pytest.fixture
 def resumed(run, monkeypatch):
-    """Return a function that trains as a whole, then killed after each epoch."""
+    """Return a function that checks: a run killed after each epoch ends the same."""
     save_checkpoint = common.save_checkpoint
 
     def save_and_die(*args, **more):
@@ -247,7 +248,7 @@ def replaced(text, *edits):
 
 
 def start(*command):
-    """Return what a Python process prints. After 900 seconds, it hangs for sure."""
+    """Return what a Python process prints; 900 seconds mean that it hangs."""
     return subprocess.check_output([sys.executable, *command], text=True, timeout=900)
 
 
@@ -322,7 +323,7 @@ def most_tensors_kept(train, *arguments):
     numbers = []
 
     def keep(tensor):
-        tensor = tensor.detach()
+        tensor = tensor.detach()  # a new object each time
         kept.add(tensor)
         numbers.append(len(kept))
         return tensor
@@ -333,7 +334,7 @@ def most_tensors_kept(train, *arguments):
 
 
 def test_accumulation_keeps_the_tensors_of_a_single_micro_batch(run):
-    """In the README's loop, too, in which none is too short for a BatchNorm."""
+    """Also in the README's loop; there, no BatchNorm gets a single row."""
     kept = []
     for steps in (1, 9):
         edits = [("range(10)", "range(1)"), ("steps = 4", f"steps = {steps}")]
@@ -380,7 +381,7 @@ YOUR_OWN = [
 ]
 COPIES = {
     "as it is": [],
-    "three hidden units": [(MODEL, MODEL.replace("args.hidden", "3"))],
+    "three hidden units": [(MODEL, MODEL.replace("args.hidden", "3"))],  # as --hidden=3
     "a frozen layer": [(MODEL, FROZEN)],
     "dropout": [DROPOUT],
     "all of your own": YOUR_OWN,
@@ -483,7 +484,7 @@ class Code:
 
 def without_weights(content):
     """Overwrite the weights in a checkpoint with zeros."""
-    weights = weights_in(torch.load("run.pt"))[:-1].tobytes()
+    weights = weights_in(torch.load("run.pt"))[:-1].tobytes()  # no bias
     return content.replace(weights, bytes(len(weights)))
 
 
@@ -511,8 +512,8 @@ WRONG_FLAGS = {
     "--device=cuda:2": "cuda:2 is not here, only cpu, cuda:0, cuda:1$",
     "--lr=1e30": "^error: epoch 1: a weight is not finite; try a lower --lr",
     "--data=t.csv": "^error: --data t.csv: .*not found",
-    "--checkpoint=none/run.pt": "^error: --checkpoint .*: cannot write to its folder",
-    "--checkpoint=/proc/run.pt": "^error: --checkpoint .*: cannot write to its folder",
+    "--checkpoint=none/run.pt": "/none/run.pt: cannot write to its folder: [A-Z]",
+    "--checkpoint=/proc/run.pt": "/proc/run.pt: cannot write to its folder: [A-Z]",
 }
 NO_TABLES = {
     "": r"rows of 2 or more numbers are needed, not \(0, 1\)$",
@@ -524,17 +525,12 @@ NO_TABLES = {
     ",a,b\n0,1,2\n1,3,4\n": "a column has no name",
     "a,b\n0,1,2\n1,3,4\n": "a column has no name",
 }
-FOREIGN = [
-    lambda content: content[:-9],
-    without_weights,
-    marked_as_folder,
-    torch.ones(3),
-    Code(),
-]
-FOREIGN += [{"settings": {}, "epoch": 1}, {"settings": "x", "epoch": "y"}, {"epoch": 1}]
+FOREIGN = [lambda content: content[:-9], without_weights, marked_as_folder]
+FOREIGN += [torch.ones(3), Code(), {"settings": "x"}]
+FOREIGN += [{"settings": {}, "epoch": 1}, {"settings": "x", "epoch": "y"}]
 DAMAGED = "^error: --checkpoint .*/run.pt: damaged, or not from here"
 BAD_DATA = "^error: --data t.csv: "
-# a file, or edits of a run before, or what changes its file; flags; what the error says
+# a file, edits of an earlier run, or what damages its file; flags; the error
 REFUSED = [(None, flags, said) for flags, said in WRONG_FLAGS.items()]
 REFUSED += [(text, "--data=t.csv", BAD_DATA + said) for text, said in NO_TABLES.items()]
 REFUSED += [(content, "", DAMAGED) for content in FOREIGN]
@@ -562,7 +558,7 @@ def files():
 @parametrize("content, flags, said", REFUSED)
 @pytest.mark.filterwarnings("ignore:loadtxt")
 def test_what_must_not_run_is_refused(run, capsys, monkeypatch, content, flags, said):
-    """It is said in a line or line by line, before anything is loaded or changed."""
+    """The error is one line, maybe with a diff; nothing is loaded or changed."""
     if isinstance(content, str):
         pathlib.Path("t.csv").write_text(content)
     elif isinstance(content, np.ndarray):
@@ -626,7 +622,7 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(monkeypatch):
     found = []
 
     def fsync(descriptor):
-        found.append(files().items() - before.items())
+        found.append(files().items() - before.items())  # what is new
         if len(found) == 1:
             raise KeyboardInterrupt
 
@@ -637,13 +633,13 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(monkeypatch):
     save(model, epochs=2)
     written = set.union(*found)
     assert {content for _, content in written} == set(files().values())
-    assert len(written) == 2  # in a temporary file for each run
+    assert len(written) == 2  # each run's temporary file has a name of its own
     assert torch.load("run.pt")["epoch"] == 2
 
 
 @parametrize("fault", [np.float64(0.1), lambda: 0.1, torch.inf, 100, 5000])
 def test_what_cannot_be_saved_is_reported_and_changes_no_file(fault):
-    """A number is a file's largest size, in bytes: torch and Python report it."""
+    """A whole number limits the size of files, in bytes; torch or Python reports it."""
     model = nn.Linear(9999, 1)
     model.weight.data.fill_(3e38)  # finite, but the sum would overflow
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -707,7 +703,9 @@ def test_a_process_picks_its_device(monkeypatch, count, processes, name, device)
 
 @pytest.fixture
 def on_a_device(run, monkeypatch):
-    """Return a function that trains on a device that PyTorch refuses to mix."""
+    """Return a function that trains where a tensor left on the CPU is an error."""
+
+    numbered = mock.patch.object(torch.Tensor, "item", lambda tensor: 1.0)
 
     def check(args, settings, parts, *_, **more):
         assert "meta" not in settings
@@ -716,9 +714,9 @@ def on_a_device(run, monkeypatch):
     def on_a_device(script, *flags):
         with monkeypatch.context() as patch:
             patch.setattr(common, "pick_device", lambda name: torch.device("meta"))
-            patch.setattr(common, "peak_memory", str)
+            patch.setattr(common, "mean_loss", numbered(common.mean_loss))
+            patch.setattr(common, "peak_memory", str)  # any text will do
             patch.setattr(common, "save_checkpoint", check)
-            patch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
             run(script, *flags, "--epochs=1", "--log-every=0")
 
     return on_a_device
@@ -803,7 +801,7 @@ def test_processes_share_each_batch_and_a_kill_costs_an_epoch_at_most(monkeypatc
     flags = ["--rows=100", "--epochs=3", "--batch-size=7", "--accumulation-steps=3"]
     edits = [("import time", "import os, signal, time"), (STEP, STEP + KILL)]
     facts = run_processes(flags, flags, flags, edits=edits, restarts=1)
-    assert facts.prefix == ["1"] * 3  # without one, a restart can hang
+    assert facts.prefix == ["1"] * 3  # without a prefix, it can hang
     judge(facts.printed[0], *flags, done=1)
     assert facts.printed[1:] == ["", ""]
     assert sum(facts.rows) == 2 * 100
@@ -826,9 +824,9 @@ def test_two_machines_resume_from_the_file_of_the_first(run):
     second = [*flags, "--data=second.npy", "--checkpoint=second.pt"]
     run(train_accum, *first, "--epochs=1")
     facts = run_processes(first, second, machines=2)
-    judge(facts.printed[0], *flags, table=make_table(33), done=1)
+    judge(facts.printed[0], *flags, "--rows=33", done=1)
     assert sum(facts.rows) == 33
-    assert facts.prefix == [None, None]  # each counts its own restarts
+    assert facts.prefix == [None, None]  # machines count on their own
     assert sorted(os.listdir()) == ["first.npy", "run.pt", "second.npy"]
 
 
@@ -844,7 +842,7 @@ UNLIKE = [  # flags of two processes, and a line of their error
 @parametrize("first, second, line", UNLIKE)
 def test_processes_that_must_not_train_end_alike(first, second, line):
     np.save("0.npy", make_table(9))
-    np.save("1.npy", make_table(9)[::-1])
+    np.save("1.npy", make_table(9)[np.r_[0:7, 8, 7]])
     before = files()
     zero, one = run_processes([first], [second]).error
     assert zero == one
@@ -861,7 +859,7 @@ def test_scripts_for_one_process_refuse_several(run, monkeypatch):
         with pytest.raises(SystemExit, match="error: this script is for one process"):
             run(script)
         monkeypatch.setenv("WORLD_SIZE", "1")
-        run(script)
+        run(script, "--epochs=3")
         monkeypatch.setenv("WORLD_SIZE", "2")
 
 
@@ -912,14 +910,13 @@ def test_the_loop_to_copy_takes_the_steps_of_whole_batches(capsys, edits, loss_f
     assert_close(float(capsys.readouterr().out.split()[-1]), loss.item())
 
 
-def test_the_loop_to_copy_survives_a_step_of_padding():
-    names = {}
-    exec(replaced(LOOP, *CLASSES, *PADDING, ("y[::3] = -100", "y[:] = -100")), names)
-    assert np.isfinite(weights_of(names["model"])).all()
+def test_the_loop_to_copy_survives_a_step_of_padding(capsys):
+    exec(replaced(LOOP, *CLASSES, *PADDING, ("y[::3] = -100", "y[:] = -100")), {})
+    assert "nan" not in capsys.readouterr().out
 
 
 def recipe(title):
-    """Return the edits of a recipe's diff: without its new lines, without its old."""
+    """Return a recipe's edits: each change without its + and without its - lines."""
     [diff] = [block for kind, block in SECTIONS[title] if kind == "diff"]
     return [
         tuple(re.sub(rf"^[{sign}].*\n|^.", "", change, flags=re.M) for sign in "+-")
@@ -950,17 +947,15 @@ TABLE = (*standardise(make_table(1000))[:2], F.mse_loss)
 def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recipes):
     """Also after kills, with whole batches, and over two processes.
 
-    The last micro-batch of the 900 rows that validation leaves has a single one.
+    Validation leaves 900 rows: the last micro-batch has a single row.
     """
     edits = [edit for title in recipes for edit in recipe(title) + OTHER.get(title, [])]
     script = edited(train_accum, *edits)
-    flags = ["--epochs=5", "--batch-size=29", "--accumulation-steps=2"]
-    if recipes == [VALIDATION]:  # such a rate that it soon gets worse
-        flags += ["--epochs=12", "--lr=0.46"]
-    tolerance = 1e-3 if "bf16" in recipes else 1e-5
+    flags = ["--epochs=8", "--lr=0.2", "--batch-size=29", "--accumulation-steps=2"]
+    tolerance = 1e-2 if "bf16" in recipes else 1e-5
 
     torch.manual_seed(0)
-    validation, training = [], ITEMS
+    training = ITEMS
     if VALIDATION in recipes:
         validation, training = torch.randperm(1000).split([100, 900])
     X, y, loss_fn = DATA.get(recipes[0], TABLE)
@@ -975,11 +970,11 @@ def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recip
     _, saved = train_plainly(*plain, loss_fn, recipes)
     best, last = 0, len(saved) - 1
     if VALIDATION in recipes:
-        losses = [loss_fn(model(X[validation]), y[validation]) for model in saved]
+        losses = [loss_fn(one(X[validation]), y[validation]) for one in saved]
         for last, loss in enumerate(losses):
             if loss < losses[best]:
                 best = last
-            if last == best + 5:  # as many without a better one
+            if last == best + 5:  # five without a better one
                 break
 
     if "bf16" not in recipes:
@@ -991,7 +986,7 @@ def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recip
     assert ("photos, version 3" in state["settings"]) == (DATASET in recipes)
     assert_close(weights_in(state), expected, tolerance)
     run(script, *flags, "--batch-size=58", "--accumulation-steps=1")
-    assert_close(weights_in(torch.load("run.pt")), expected, tolerance)
+    assert_close(weights_in(torch.load("run.pt")), expected)
     if os.name == "posix":
         os.remove("run.pt")
         run_processes(flags, flags, edits=edits)
@@ -1003,7 +998,7 @@ def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recip
 
 
 class SmallMemory(nn.Linear):
-    """A layer whose memory runs out for more than three rows, in two of three times."""
+    """A layer that runs out of memory above three rows, two times out of three."""
 
     calls = 0
     kept = None  # what the last failed backward pass needs
