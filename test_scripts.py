@@ -139,10 +139,11 @@ def seed_of(seed, epoch):
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-def judge(text, *flags, table=None, offset=0, done=0):
+def judge(text, *flags, table=None, offset=0, done=0, file="run.pt"):
     """Compare what a run printed, and its file, with the judge.
 
     `done` epochs were finished before. An `offset` of the table must not matter.
+    `file` is None if there is none.
     """
     sizes = sizes_in(flags)
     X, y, mean, std = standardise(make_table(sizes.rows) if table is None else table)
@@ -153,8 +154,8 @@ def judge(text, *flags, table=None, offset=0, done=0):
     steps, loss = read(text)
     assert_close(steps, expected[expected[:, 0] > done], 2e-5)
     assert_close(loss, F.mse_loss(model(X), y).item(), 2e-5)
-    if os.path.exists("run.pt"):
-        state = torch.load("run.pt")
+    if file is not None:
+        state = torch.load(file)
         assert state["epoch"] == sizes.epochs
         assert_close(weights_in(state), weights_of(model))
         assert_close((state["mean"].numpy() - offset - mean) / std, 0)
@@ -258,7 +259,7 @@ def test_smoke_each_script_runs_without_flags():
         texts = list(pool.map(start, [script.__file__ for script in SCRIPTS]))
     for text, size in zip(texts, [32, 8 * 4, 16]):
         flags = ["--epochs=10", "--lr=0.01", "--log-every=10", f"--batch-size={size}"]
-        judge(text, *flags)
+        judge(text, *flags, file=None)
     assert os.listdir() == []
 
 
@@ -427,12 +428,12 @@ def test_random_numbers_of_a_loader_are_the_same_again(resumed, workers):
 
 def test_an_epoch_has_random_numbers_of_its_own_and_the_same_again():
     numbers = []
-    for where in [(0, 1), (0, 1, 0), (1, 0), (0, 2), (0, 1, 1)]:
+    for where in [(0, 1), (0, 1, 0), (1, 0), (0, 2), (0, 1, 1), (0, 2, 1)]:
         common.seed_epoch(*where)
         numbers.append({torch.rand(1).item(), np.random.rand(), random.random()})
     first, again, *others = numbers
     assert first == again
-    assert len(first.union(*others)) == 4 * 3
+    assert len(first.union(*others)) == 5 * 3
 
 
 def test_main_runs_in_a_thread_of_a_notebook_and_returns_the_model():
@@ -458,12 +459,21 @@ FORMS += [("a.csv", "inf,trt,nan,y"), pytest.param("pipe", "a,b,c,d", marks=posi
 @parametrize("name, header", FORMS)
 def test_a_file_of_any_form_is_the_same_table(run, name, header):
     data = pathlib.Path(name)
+    table = SHIFTED + OFFSET
     if header is None:
         with data.open("wb") as file:
-            np.save(file, SHIFTED + OFFSET)
+            np.save(file, table)
     else:  # as a spreadsheet writes it: marked as UTF-8, with quotes
-        style = {"header": header, "comments": "", "encoding": "utf-8-sig"}
-        np.savetxt(data, SHIFTED + OFFSET, '"%+.17e"', ",", "\r\n", **style)
+        np.savetxt(
+            data,
+            table,
+            '"%+.17e"',
+            ",",
+            "\r\n",
+            header,
+            comments="",
+            encoding="utf-8-sig",
+        )
     with ThreadPoolExecutor() as pool:
         if name == "pipe":
             content = data.read_bytes()
@@ -494,6 +504,7 @@ def marked_as_folder(content):
     return content[:place] + b"\x10" + content[place + 1 :]
 
 
+NO_FOLDER = "^error: --checkpoint .*/run.pt: cannot write to its folder: [A-Z]"
 WRONG_FLAGS = {
     "--batch-size=0": "argument --batch-size: 0 is below 1$",
     "--accumulation-steps=0": "argument --accumulation-steps: 0 is below 1$",
@@ -512,12 +523,13 @@ WRONG_FLAGS = {
     "--device=cuda:2": "cuda:2 is not here, only cpu, cuda:0, cuda:1$",
     "--lr=1e30": "^error: epoch 1: a weight is not finite; try a lower --lr",
     "--data=t.csv": "^error: --data t.csv: .*not found",
-    "--checkpoint=none/run.pt": "/none/run.pt: cannot write to its folder: [A-Z]",
-    "--checkpoint=/proc/run.pt": "/proc/run.pt: cannot write to its folder: [A-Z]",
+    "--checkpoint=none/run.pt": NO_FOLDER,
+    "--checkpoint=/proc/run.pt": NO_FOLDER,
 }
+TOO_FEW = "rows of 2 or more numbers are needed, not"
 NO_TABLES = {
-    "": r"rows of 2 or more numbers are needed, not \(0, 1\)$",
-    "a\n1\n2\n": r"rows of 2 or more numbers are needed, not \(2, 1\)$",
+    "": rf"{TOO_FEW} \(0, 1\)$",
+    "a\n1\n2\n": rf"{TOO_FEW} \(2, 1\)$",
     "a,b\n1,2\n3,x\n": "could not convert string 'x' to float64 at row 1, column 2",
     "a,1\n1,2\n": "could not convert string 'a' to float64 at row 0, column 1",
     "a,b\n1,2\n3,nan\n": "column 2: a number is nan, infinite or too large",
@@ -535,8 +547,8 @@ REFUSED = [(None, flags, said) for flags, said in WRONG_FLAGS.items()]
 REFUSED += [(text, "--data=t.csv", BAD_DATA + said) for text, said in NO_TABLES.items()]
 REFUSED += [(content, "", DAMAGED) for content in FOREIGN]
 REFUSED += [
-    (np.ones(3), "--data=t.npy", r"^error: --data t.npy: rows of 2 .* not \(3,\)$"),
-    (np.eye(2) * 1j, "--data=t.npy", "^error: --data t.npy: .*'complex128'"),
+    (np.ones(3), "--data=t.npy", rf"^error: --data t.npy: {TOO_FEW} \(3,\)$"),
+    (np.eye(2) * 1j, "--data=t.npy", r"^error: --data t.npy: .*dtype\('complex128'\)"),
     ({"settings": "x", "epoch": 0}, "", "^-x$"),
     ([], "--lr=0.1", r"^\+'lr': 0.1,$"),
     ([], "--seed=1", r"^\+'seed': 1}$"),
@@ -619,11 +631,13 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(monkeypatch):
     model = nn.Linear(99, 1)
     save(model)
     before = files()
-    found = []
+    written = {}
 
     def fsync(descriptor):
-        found.append(files().items() - before.items())  # what is new
-        if len(found) == 1:
+        [(path, content)] = files().items() - before.items()  # what is new
+        assert os.path.samestat(os.fstat(descriptor), path.stat())
+        written[path] = content
+        if len(written) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -631,13 +645,12 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(monkeypatch):
         save(model, epochs=2)
     assert files() == before
     save(model, epochs=2)
-    written = set.union(*found)
-    assert {content for _, content in written} == set(files().values())
+    assert set(written.values()) == set(files().values())
     assert len(written) == 2  # each run's temporary file has a name of its own
     assert torch.load("run.pt")["epoch"] == 2
 
 
-@parametrize("fault", [np.float64(0.1), lambda: 0.1, torch.inf, 100, 5000])
+@parametrize("fault", [np.float64(0.1), lambda: 0.1, torch.nan, torch.inf, 100, 5000])
 def test_what_cannot_be_saved_is_reported_and_changes_no_file(fault):
     """A whole number limits the size of files, in bytes; torch or Python reports it."""
     model = nn.Linear(9999, 1)
@@ -645,9 +658,9 @@ def test_what_cannot_be_saved_is_reported_and_changes_no_file(fault):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     save(model, optimizer=optimizer)
     before = files()
-    said = "run.pt: epoch 2 is not saved .* the disk full, .* a state_dict"
+    said = r"run.pt: epoch 2 is not saved \(.* is the disk full, .* a state_dict"
     with contextlib.ExitStack() as stack:
-        if fault is torch.inf:
+        if fault in (torch.nan, torch.inf):
             model.weight.data[0, 8] = fault
             said = "epoch 2: a weight is not finite"
         elif isinstance(fault, int):
@@ -717,7 +730,7 @@ def on_a_device(run, monkeypatch):
             patch.setattr(common, "mean_loss", numbered(common.mean_loss))
             patch.setattr(common, "peak_memory", str)  # any text will do
             patch.setattr(common, "save_checkpoint", check)
-            run(script, *flags, "--epochs=1", "--log-every=0")
+            run(script, *flags, "--log-every=0")
 
     return on_a_device
 
@@ -770,14 +783,19 @@ def run_processes(*processes, machines=1, restarts=0, edits=()):
     Return lists of what worker() returns. A fork server saves importing torch again.
     """
     port = get_free_port()
-    local = len(processes) // machines
     multiprocessing.set_forkserver_preload(["test_scripts", "torch._dynamo"])
 
     def launch(machine):
-        flags = [f"--nnodes={machines}", f"--node-rank={machine}"]
-        flags += [f"--nproc-per-node={local}", f"--max-restarts={restarts}"]
-        flags += [f"--master-port={port}", "--start-method=forkserver", "worker"]
-        config, _, _ = config_from_args(parse_args([f"--log-dir={os.devnull}", *flags]))
+        flags = [
+            f"--nnodes={machines}",
+            f"--node-rank={machine}",
+            f"--nproc-per-node={len(processes) // machines}",
+            f"--max-restarts={restarts}",
+            f"--master-port={port}",
+            f"--log-dir={os.devnull}",
+            "--start-method=forkserver",
+        ]
+        config, _, _ = config_from_args(parse_args([*flags, "worker"]))
         return elastic_launch(config, worker)(os.getcwd(), processes, edits)
 
     facts = {}
@@ -791,6 +809,7 @@ def run_processes(*processes, machines=1, restarts=0, edits=()):
 
 KILL = """
             if (rank, epoch, facts.prefix) == (1, 1, "0"):
+                import os, signal
                 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -799,7 +818,7 @@ KILL = """
 def test_processes_share_each_batch_and_a_kill_costs_an_epoch_at_most(monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", os.getcwd())  # torch leaves a file there
     flags = ["--rows=100", "--epochs=3", "--batch-size=7", "--accumulation-steps=3"]
-    edits = [("import time", "import os, signal, time"), (STEP, STEP + KILL)]
+    edits = [(STEP, STEP + KILL)]
     facts = run_processes(flags, flags, flags, edits=edits, restarts=1)
     assert facts.prefix == ["1"] * 3  # without a prefix, it can hang
     judge(facts.printed[0], *flags, done=1)
@@ -857,7 +876,7 @@ def test_scripts_for_one_process_refuse_several(run, monkeypatch):
     for script in (train_basic, train_manual):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
         with pytest.raises(SystemExit, match="error: this script is for one process"):
-            run(script)
+            script.main([])
         monkeypatch.setenv("WORLD_SIZE", "1")
         run(script, "--epochs=3")
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -911,7 +930,9 @@ def test_the_loop_to_copy_takes_the_steps_of_whole_batches(capsys, edits, loss_f
 
 
 def test_the_loop_to_copy_survives_a_step_of_padding(capsys):
-    exec(replaced(LOOP, *CLASSES, *PADDING, ("y[::3] = -100", "y[:] = -100")), {})
+    names = {}
+    exec(replaced(LOOP, *CLASSES, *PADDING, ("y[::3] = -100", "y[:] = -100")), names)
+    assert np.isfinite(weights_of(names["model"])).all()
     assert "nan" not in capsys.readouterr().out
 
 
@@ -951,8 +972,10 @@ def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recip
     """
     edits = [edit for title in recipes for edit in recipe(title) + OTHER.get(title, [])]
     script = edited(train_accum, *edits)
-    flags = ["--epochs=8", "--lr=0.2", "--batch-size=29", "--accumulation-steps=2"]
-    tolerance = 1e-2 if "bf16" in recipes else 1e-5
+    flags = ["--epochs=8", "--lr=0.1", "--batch-size=29", "--accumulation-steps=2"]
+    if recipes == [VALIDATION]:  # a rate at which it soon gets worse
+        flags += ["--epochs=12", "--lr=0.46"]
+    tolerance = 1e-3 if "bf16" in recipes else 1e-5
 
     torch.manual_seed(0)
     training = ITEMS
@@ -966,8 +989,9 @@ def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recip
         flags += ["--hidden=3"]
     else:
         model = nn.Linear(10, 1)
-    plain = model, X[training], y[training], sizes_in(flags)
-    _, saved = train_plainly(*plain, loss_fn, recipes)
+    _, saved = train_plainly(
+        model, X[training], y[training], sizes_in(flags), loss_fn, recipes
+    )
     best, last = 0, len(saved) - 1
     if VALIDATION in recipes:
         losses = [loss_fn(one(X[validation]), y[validation]) for one in saved]
