@@ -11,7 +11,6 @@ import contextlib
 import copy
 import io
 import json
-import math
 import multiprocessing
 import os
 import pathlib
@@ -38,7 +37,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import train_accum
@@ -100,7 +98,7 @@ def train_plainly(model, X, y, sizes, loss_fn=F.mse_loss, recipes=()):
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=sizes.lr)
     rows_per_step = sizes.batch_size * sizes.accumulation_steps
-    steps_per_epoch = math.ceil(len(X) / rows_per_step)
+    steps_per_epoch = len(y.split(rows_per_step))
     steps_per_save = 10 if SAVES in recipes else steps_per_epoch
     if SCHEDULE in recipes:
         total = sizes.epochs * steps_per_epoch
@@ -142,8 +140,7 @@ def seed_of(seed, epoch):
 def judge(text, *flags, table=None, offset=0, done=0, file="run.pt"):
     """Compare what a run printed, and its file, with the judge.
 
-    `done` epochs were finished before. An `offset` of the table must not matter.
-    `file` is None if there is none.
+    `done` epochs came before; an `offset` of the table must not matter.
     """
     sizes = sizes_in(flags)
     X, y, mean, std = standardise(make_table(sizes.rows) if table is None else table)
@@ -260,7 +257,7 @@ def test_smoke_each_script_runs_without_flags():
     for text, size in zip(texts, [32, 8 * 4, 16]):
         flags = ["--epochs=10", "--lr=0.01", "--log-every=10", f"--batch-size={size}"]
         judge(text, *flags, file=None)
-    assert os.listdir() == []
+    assert files() == {}
 
 
 @each_script
@@ -348,10 +345,10 @@ def test_accumulation_keeps_the_tensors_of_a_single_micro_batch(run):
 
 def test_mean_loss_is_exact_and_leaves_each_layer_in_its_mode():
     model = nn.Sequential(nn.BatchNorm1d(10).eval(), nn.Dropout(), nn.Linear(10, 1))
-    X, y, _, _ = standardise(make_table(70))
-    dataset = torch.utils.data.TensorDataset(X, y)
+    X, y, *_ = standardise(make_table(70))
     args = types.SimpleNamespace(batch_size=30, device="cpu")
-    loss = common.mean_loss(args, {"model": model}, dataset, F.mse_loss)
+    data = torch.utils.data.TensorDataset(X, y)
+    loss = common.mean_loss(args, {"model": model}, data, F.mse_loss)
     assert [layer.training for layer in model] == [False, True, True]
     assert_close(loss, F.mse_loss(model.eval()(X), y).item())
 
@@ -362,7 +359,7 @@ NORM = "torch.nn.Sequential(torch.nn.BatchNorm1d(10), torch.nn.Linear(10, 1))"
 FROZEN = NORM.replace("(10),", "(10).eval(),")
 MODEL = "common.make_model(X.shape[1], args.hidden)"
 OPTIMIZER = "torch.optim.SGD(model.parameters(), lr=args.lr)"
-ADAMW = "torch.optim.AdamW(model.parameters(), lr=torch.tensor(args.lr))"
+ADAMW = (OPTIMIZER, "torch.optim.AdamW(model.parameters(), lr=torch.tensor(args.lr))")
 PARTS = '    parts = {"model": model, "optimizer": optimizer}\n'
 STEP = "            optimizer.step()\n"
 MORE_PARTS = """
@@ -373,11 +370,12 @@ MORE_STEPS = """
             scheduler.step()
             parts["ema"].update_parameters(model)
 """
+SCHEDULER_AND_EMA = (PARTS, PARTS + MORE_PARTS)
 DROPOUT = (MODEL, "torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(10, 1))")
 YOUR_OWN = [
     (MODEL, "torch.nn.Sequential(torch.nn.LayerNorm(10), torch.nn.Linear(10, 1))"),
-    (OPTIMIZER, ADAMW),
-    (PARTS, PARTS + MORE_PARTS),
+    ADAMW,
+    SCHEDULER_AND_EMA,
     (STEP, STEP + MORE_STEPS),
 ]
 COPIES = {
@@ -464,16 +462,8 @@ def test_a_file_of_any_form_is_the_same_table(run, name, header):
         with data.open("wb") as file:
             np.save(file, table)
     else:  # as a spreadsheet writes it: marked as UTF-8, with quotes
-        np.savetxt(
-            data,
-            table,
-            '"%+.17e"',
-            ",",
-            "\r\n",
-            header,
-            comments="",
-            encoding="utf-8-sig",
-        )
+        style = {"comments": "", "encoding": "utf-8-sig"}
+        np.savetxt(data, table, '"%+.17e"', ",", "\r\n", header, **style)
     with ThreadPoolExecutor() as pool:
         if name == "pipe":
             content = data.read_bytes()
@@ -556,9 +546,8 @@ REFUSED += [
     ([], "--rows=999", r"^\+{'data': \['torch.float32 \(999, 10\), crc32 "),
     ([("parts, X, y)", "parts, X, -y)")], "", r"^-'torch.float32 \(1000, 1\), crc32 "),
     ([], "--hidden=1", r"^\+'  \(1\): ReLU\(\)',$"),
-    ([(OPTIMIZER, ADAMW)], "", r"^\+'optimizer': {'class': 'SGD',$"),
-    ([(OPTIMIZER, ADAMW)], "", "^-'lr': 0.0500000"),
-    ([(PARTS, PARTS + MORE_PARTS)], "", "^-'scheduler': {'T_max': 2,$"),
+    ([ADAMW], "", r"^\+'optimizer': {'class': 'SGD',$(.|\n)*^-'lr': 0.0500000"),
+    ([SCHEDULER_AND_EMA], "", "^-'scheduler': {'T_max': 2,$"),
     ([], "--epochs=1", "^error: 2 epochs are done, more than --epochs"),
 ]
 
@@ -601,7 +590,7 @@ def test_a_part_cannot_have_the_name_of_something_else(run, name):
     script = edited(train_basic, (PARTS, PARTS + f"    parts['{name}'] = optimizer\n"))
     with pytest.raises(TypeError, match=name):
         run(script)
-    assert os.listdir() == []
+    assert files() == {}
 
 
 def test_data_of_any_type_are_compared():
@@ -616,8 +605,7 @@ def test_peak_memory_is_what_the_system_or_the_device_counts(monkeypatch):
     peak = re.match(r"(\d+) MiB", common.peak_memory(torch.device("cpu")))
     counted = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert peak is None or 0.9 * counted < int(peak[1]) < 1.1 * counted
-    counter = "torch.accelerator.max_memory_allocated"
-    monkeypatch.setattr(counter, lambda device: 3 * 2**20)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda _: 3 * 2**20)
     assert common.peak_memory(torch.device("cuda")) == "3 MiB of the device"
 
 
@@ -717,8 +705,7 @@ def test_a_process_picks_its_device(monkeypatch, count, processes, name, device)
 @pytest.fixture
 def on_a_device(run, monkeypatch):
     """Return a function that trains where a tensor left on the CPU is an error."""
-
-    numbered = mock.patch.object(torch.Tensor, "item", lambda tensor: 1.0)
+    numbered = mock.patch.object(torch.Tensor, "item", lambda _: 1.0)
 
     def check(args, settings, parts, *_, **more):
         assert "meta" not in settings
@@ -751,7 +738,7 @@ def worker(folder, processes, edits):
 
     def watched(model):
         facts.wrapped += 1
-        model = DistributedDataParallel(model)
+        model = nn.parallel.DistributedDataParallel(model)
         model.register_forward_pre_hook(count_rows)
         model.register_comm_hook(None, count_reductions)
         return model
@@ -786,16 +773,12 @@ def run_processes(*processes, machines=1, restarts=0, edits=()):
     multiprocessing.set_forkserver_preload(["test_scripts", "torch._dynamo"])
 
     def launch(machine):
-        flags = [
-            f"--nnodes={machines}",
-            f"--node-rank={machine}",
-            f"--nproc-per-node={len(processes) // machines}",
-            f"--max-restarts={restarts}",
-            f"--master-port={port}",
-            f"--log-dir={os.devnull}",
-            "--start-method=forkserver",
-        ]
-        config, _, _ = config_from_args(parse_args([*flags, "worker"]))
+        command = (
+            f"--nnodes={machines} --node-rank={machine} --master-port={port} "
+            f"--nproc-per-node={len(processes) // machines} --max-restarts={restarts} "
+            f"--log-dir={os.devnull} --start-method=forkserver worker"
+        )
+        config, _, _ = config_from_args(parse_args(command.split()))
         return elastic_launch(config, worker)(os.getcwd(), processes, edits)
 
     facts = {}
@@ -940,7 +923,7 @@ def recipe(title):
     """Return a recipe's edits: each change without its + and without its - lines."""
     [diff] = [block for kind, block in SECTIONS[title] if kind == "diff"]
     return [
-        tuple(re.sub(rf"^[{sign}].*\n|^.", "", change, flags=re.M) for sign in "+-")
+        [re.sub(rf"^[{sign}].*\n|^.", "", change, flags=re.M) for sign in "+-"]
         for change in diff.split("@@\n")
     ]
 
@@ -989,9 +972,8 @@ def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recip
         flags += ["--hidden=3"]
     else:
         model = nn.Linear(10, 1)
-    _, saved = train_plainly(
-        model, X[training], y[training], sizes_in(flags), loss_fn, recipes
-    )
+    data = X[training], y[training]
+    _, saved = train_plainly(model, *data, sizes_in(flags), loss_fn, recipes)
     best, last = 0, len(saved) - 1
     if VALIDATION in recipes:
         losses = [loss_fn(one(X[validation]), y[validation]) for one in saved]
