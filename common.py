@@ -6,28 +6,33 @@ How a batch becomes an optimizer step is not in here: it is in main() of each sc
 import argparse
 import atexit
 import csv
-import datetime
 import difflib
 import itertools
 import json
 import math
 import os
+import pickle
 import pprint
 import random
 import re
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-# Import this early: if the first optimizer does it after the process group is opened,
-# the group's threads outlive it, and some processes abort when they end.
+# The first optimizer imports this. If it did so after the process group is opened, the
+# default arguments in there would keep the group and its threads alive to the end, and
+# some processes would abort.
 import torch.distributed.nn.functional
 from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 
 # ---- model and data
@@ -55,7 +60,7 @@ def get_data(args):
     """Return inputs X (rows, n) and targets y (rows, 1), float32, and their scaling.
 
     They are the columns of --data or of make_table(), standardised: (x - mean) / std.
-    The scaling is a dict of "mean" and "std", float64 (n + 1,), the target's come last.
+    The scaling is a dict of "mean" and "std", float64, an entry a column, target last.
     """
     table = make_table(args.rows) if args.data is None else read_table(args.data)
     table = torch.from_numpy(table)
@@ -68,7 +73,8 @@ def get_data(args):
 def read_table(path):
     """Return the numbers in a .csv or .npy file, float64 (rows, columns).
 
-    Ends the program if they are no table, or if its last column is no target to learn.
+    Ends the program if the file is no table, or if its last column, the target, is the
+    same in all rows.
     """
     try:
         table = np.load(path) if path.lower().endswith(".npy") else read_csv(path)
@@ -90,6 +96,7 @@ def read_table(path):
 def read_csv(path):
     """Return the numbers in a .csv file; a first line without a number is a header."""
     # Opened as np.loadtxt does it (.gz, .bz2, .xz), but only once: it may be a pipe.
+    os.stat(path)  # else DataSource downloads an address, or adds .gz to the name
     with np.lib.npyio.DataSource().open(path, "rt", encoding="utf-8-sig") as file:
         line = next(filter(str.strip, file), "")
         first = next(csv.reader([line]))
@@ -108,6 +115,26 @@ def is_number(text):
         return math.isfinite(float(text))
     except ValueError:
         return False
+
+
+class Batches(Dataset):
+    """Batches of a dataset of single items: batches[rows], also of no rows.
+
+    `rows` is a tensor of row numbers. `collate_fn` turns a list of items into a batch,
+    for the scripts of inputs and targets.
+    """
+
+    def __init__(self, dataset, collate_fn=default_collate):
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, rows):
+        items = [self.dataset[row] for row in rows.tolist() or [0]]
+        batch = self.collate_fn(items)
+        return batch if len(rows) > 0 else tree_map(lambda part: part[:0], batch)
 
 
 def seed_epoch(seed, epoch, rank=0):
@@ -129,16 +156,17 @@ def pick_device(name):
     argparse.ArgumentTypeError if there is no such device.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cpu" if accelerator is None else accelerator.type
     count = torch.accelerator.device_count()
     local_rank, local_world_size = 0, 1
     if dist.is_torchelastic_launched():  # else old variables may still be set
         local_rank = int(os.environ["LOCAL_RANK"])
         local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
-    if name == "auto" and count < local_world_size:
-        name = "cpu"
-    if name in ("auto", str(accelerator)):
-        name = f"{accelerator}:{local_rank}"
-    present = ["cpu", *(f"{accelerator}:{index}" for index in range(count))]
+    if name == "auto":
+        name = kind if count >= local_world_size else "cpu"
+    if name == kind != "cpu":
+        name = f"{kind}:{local_rank}"
+    present = ["cpu", *(f"{kind}:{index}" for index in range(count))]
     if name not in present:
         seen = ", ".join(present)
         raise argparse.ArgumentTypeError(f"{name} is not here, only {seen}")
@@ -160,13 +188,13 @@ def join_processes(args):
         # torchrun keeps one store. Without a prefix of its own, a restarted process
         # reads addresses from before the restart (pytorch/pytorch#135712).
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    timeout = datetime.timedelta(minutes=5)
+    timeout = timedelta(minutes=5)  # raise it if loading the data takes longer
     dist.init_process_group(
         store=store, rank=rank, world_size=world_size, timeout=timeout
     )
     atexit.register(dist.destroy_process_group)
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
         args.checkpoint = None
     return rank, world_size
 
@@ -178,6 +206,35 @@ def mean_over_processes(value):
     total = torch.tensor(float(value), dtype=torch.float64)
     dist.all_reduce(total)
     return total.item() / dist.get_world_size()
+
+
+@torch.no_grad()
+def mean_loss(args, model, dataset, loss_fn, count=torch.numel, num_workers=0):
+    """Return the mean loss of a dataset by a model in eval(), shared by the processes.
+
+    dataset[rows] are inputs and targets; `loss_fn(outputs, targets)` is a mean, and
+    `count(targets)` what it divides by. All processes must call this. Leaves each layer
+    in train() or eval(), as it was.
+    """
+    batches = torch.arange(len(dataset)).split(args.batch_size)
+    if dist.is_initialized():  # its own share
+        batches = [rows[dist.get_rank() :: dist.get_world_size()] for rows in batches]
+    own = torch.Generator()  # so that the loader draws no random number of the training
+    loader = DataLoader(
+        dataset, None, sampler=batches, num_workers=num_workers, generator=own
+    )
+    modes = [(layer, layer.training) for layer in model.modules()]
+    model.eval()
+    loss = n_targets = 0.0
+    for inputs, targets in loader:
+        n = float(count(targets))
+        if n > 0:  # else its mean is nan: padding only, or no rows
+            inputs, targets = inputs.to(args.device), targets.to(args.device)
+            loss += loss_fn(model(inputs), targets).item() * n
+            n_targets += n
+    for layer, training in modes:
+        layer.training = training
+    return mean_over_processes(loss) / mean_over_processes(n_targets)
 
 
 def peak_memory(device):
@@ -193,29 +250,37 @@ def peak_memory(device):
 
 
 # ---- checkpoint
-def get_settings(args, parts, *data):
+class State(dict):
+    """A part of a checkpoint: entries of your own, which are saved and resumed."""
+
+    state_dict = dict.copy
+    load_state_dict = dict.update
+
+
+def get_settings(args, parts, dataset, *data):
     """Return what decides the training, as a text. Call it before the first step.
 
     `parts` is a dict of "model", "optimizer" and whatever else has a state_dict().
-    `data` are the tensors to train on. Raises TypeError if a part is named "seed" or
-    "data", like a setting.
+    Of the dataset, only the length is compared; `data` are tensors compared in full.
     """
+    states = {
+        name: {"class": type(part).__name__, **part.state_dict()}
+        for name, part in parts.items()
+        if name != "model"
+    }
     settings = {
         "seed": args.seed,
+        "rows": len(dataset),
         "rows per step": args.batch_size * args.accumulation_steps,
-        "model": str(parts["model"]).splitlines(),
         "data": [describe(tensor) for tensor in data],
+        "model": str(parts["model"]).splitlines(),
+        "parts": json.loads(json.dumps(states, default=to_number)),
     }
-    states = {}
-    for name, part in parts.items():
-        if name != "model":
-            state = json.dumps(part.state_dict(), default=to_number)
-            states[name] = {"class": type(part).__name__, **json.loads(state)}
-    return pprint.pformat(dict(**settings, **states))
+    return pprint.pformat(settings)
 
 
 def describe(tensor):
-    """Return a text that tells a tensor from others."""
+    """Return a text that identifies a tensor: its type, shape and a checksum."""
     checksum = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return f"{tensor.dtype} {tuple(tensor.shape)}, crc32 {checksum:08x}"
 
@@ -231,7 +296,7 @@ def check_processes(args, settings):
     Ends a script for one process, too, if torchrun started several.
     """
     if dist.is_initialized():
-        may_differ = {"device": None, "data": None, "checkpoint": None}
+        may_differ = {"device": args.device.type, "data": None, "checkpoint": None}
         text = pprint.pformat(vars(args) | may_differ) + "\n" + settings
         texts = [None] * dist.get_world_size()
         dist.all_gather_object(texts, text)
@@ -279,9 +344,7 @@ def read_checkpoint(path):
     if path is None:
         return None
     try:
-        temporary = f"{path}.{os.urandom(4).hex()}.tmp"
-        open(temporary, "wb").close()
-        os.remove(temporary)
+        tempfile.TemporaryFile(dir=os.path.dirname(path)).close()
     except OSError as error:
         return f"{path}: cannot write to its folder: {error.strerror}"
     if not os.path.exists(path):
@@ -295,7 +358,7 @@ def read_checkpoint(path):
         if damaged or (type(state["settings"]), type(state["epoch"])) != (str, int):
             raise ValueError
     except Exception as error:  # a foreign file: torch raises a dozen kinds
-        # torch's text advises to load it unsafely
+        # torch's own message recommends unsafe loading
         return f"{path}: damaged, or not from here ({type(error).__name__})"
     return state
 
@@ -314,6 +377,7 @@ def save_checkpoint(args, settings, parts, epochs, **more):
         return
     states = {name: part.state_dict() for name, part in parts.items()}
     state = dict(epoch=epochs, settings=settings, **states, **more)
+    fault = f"error: --checkpoint {args.checkpoint}: epoch {epochs} is not saved"
     # A name of its own, since two runs may have the same --checkpoint.
     temporary = f"{args.checkpoint}.{os.urandom(4).hex()}.tmp"
     try:
@@ -322,13 +386,15 @@ def save_checkpoint(args, settings, parts, epochs, **more):
             os.fsync(file.fileno())
         torch.load(temporary, map_location="meta", weights_only=True)  # reads no weight
         os.replace(temporary, args.checkpoint)
-    except Exception as error:  # the system, pickle and torch raise a dozen kinds
-        reason = getattr(error, "strerror", None) or type(error).__name__
+    except (pickle.PickleError, AttributeError, TypeError):
         sys.exit(
-            f"error: --checkpoint {args.checkpoint}: epoch {epochs} is not saved "
-            f"({reason}); is the disk full, or does a state_dict() hold more than "
-            "tensors, strings, lists, dicts and numbers (float(), not NumPy's)?"
+            f"{fault}: a state_dict() may hold tensors, strings, lists, dicts and "
+            "Python's numbers (float(), not NumPy's)"
         )
+    except OSError as error:
+        sys.exit(f"{fault}: {error}")
+    except RuntimeError as error:  # torch's: the system's is behind it
+        sys.exit(f"{fault}: {error.__context__ or error}")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -343,7 +409,7 @@ def parse_args(argv, description, *, batch_size, accumulation_steps=None):
     at once, also into a file or pipe.
     """
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -379,61 +445,41 @@ def parse_args(argv, description, *, batch_size, accumulation_steps=None):
     )
     parser.add_argument(
         "--checkpoint",
-        type=os.path.realpath,  # replaces the file, not a link to it
+        type=os.path.realpath,  # follows a link, so that its file is replaced
         help="file written after each epoch; if it exists, training resumes from it",
     )
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        lowest = 0 if name in ("hidden", "seed", "log_every") else 1
-        if isinstance(value, int) and value < lowest:
-            parser.error(
-                f"argument --{name.replace('_', '-')}: {value} is below {lowest}"
-            )
+    lowest = {"rows": 1, "hidden": 0, "batch_size": 1, "accumulation_steps": 1}
+    lowest |= {"epochs": 1, "seed": 0, "log_every": 0}
+    for name, bound in lowest.items():
+        if getattr(args, name) < bound:
+            flag = name.replace("_", "-")
+            parser.error(f"argument --{flag}: {getattr(args, name)} is below {bound}")
     if not args.lr > 0:
         parser.error(f"argument --lr: {args.lr} is not above 0")
     return args
 
 
-def print_start(args, rows, first_epoch):
+def print_start(args, dataset, first_epoch):
     """Print a run's first line: rows, sizes, epochs, device, torch and seed."""
     rows_per_step = args.batch_size * args.accumulation_steps
     processes = dist.get_world_size() if dist.is_initialized() else 1
     print(
-        f"{rows} rows, {args.batch_size} x {args.accumulation_steps} per step, "
-        f"{math.ceil(rows / rows_per_step)} steps per epoch, "
+        f"{len(dataset)} rows, {args.batch_size} x {args.accumulation_steps} per step, "
+        f"{math.ceil(len(dataset) / rows_per_step)} steps per epoch, "
         f"{first_epoch} of {args.epochs} epochs done; {args.device}, "
         f"processes: {processes}, torch {torch.__version__}, seed {args.seed}"
     )
 
 
-@torch.no_grad()
-def mean_loss(args, parts, dataset, loss_fn):
-    """Return the mean loss of a dataset by parts["model"] in eval().
-
-    dataset[rows] are inputs and targets, `loss_fn(outputs, targets)` their mean loss.
-    Leaves each layer in train() or eval(), as it was. All processes must call this.
-    """
-    model = parts["model"]
-    modes = [(layer, layer.training) for layer in model.modules()]
-    model.eval()
-    loss = 0.0
-    for rows in torch.arange(len(dataset)).split(args.batch_size):
-        inputs, targets = (tensor.to(args.device) for tensor in dataset[rows])
-        loss += loss_fn(model(inputs), targets).item() * len(rows) / len(dataset)
-    for layer, training in modes:
-        layer.training = training
-    return mean_over_processes(loss)
-
-
-def print_end(args, parts, dataset, loss_fn, start):
+def print_end(args, model, dataset, loss_fn, start, **options):
     """Print a run's last line: loss of all rows, time since `start`, peak memory.
 
-    `start` is in seconds, of time.perf_counter(). Leaves parts["model"] in eval().
+    `start` is in seconds, of time.perf_counter(); `options` are those of mean_loss().
+    Leaves the model in eval().
     """
     seconds = time.perf_counter() - start
-    loss = mean_loss(args, parts, dataset, loss_fn)
-    parts["model"].eval()
-    print(
-        f"Loss of all rows: {loss:.6f}, {seconds:.3f} s, "
-        f"peak memory {peak_memory(args.device)}"
-    )
+    model.eval()
+    loss = mean_loss(args, model, dataset, loss_fn, **options)
+    memory = peak_memory(args.device)
+    print(f"Loss of all rows: {loss:.6f}, {seconds:.3f} s, peak memory {memory}")

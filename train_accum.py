@@ -33,11 +33,12 @@ def main(argv=None):
     model = common.make_model(X.shape[1], args.hidden).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     loss_fn = F.mse_loss
+    count = torch.numel  # of targets: what this loss's mean divides by
     # whatever has a state belongs here: a scheduler, an EMA, a second optimizer, ...
     parts = {"model": model, "optimizer": optimizer}
-    settings = common.get_settings(args, parts, X, y)
+    settings = common.get_settings(args, parts, dataset, X, y)
     first_epoch = common.load_checkpoint(args, settings, parts)
-    common.print_start(args, len(dataset), first_epoch)
+    common.print_start(args, dataset, first_epoch)
     start = time.perf_counter()
     for epoch in range(first_epoch, args.epochs):
         if world_size > 1:  # processes: wrapped anew, as after resuming: the same bits
@@ -48,19 +49,19 @@ def main(argv=None):
         # processes: all draw the same order, but each its own dropout masks
         if rank > 0:  # processes
             common.seed_epoch(args.seed, epoch, rank)  # processes
-        # batch_size=None fetches a batch at once, as dataset[rows]; item by item it is
-        # DataLoader(dataset, batch_sampler=batches)
+        # batch_size=None fetches a batch at once, as dataset[rows]; a Dataset of single
+        # items becomes one of batches by common.Batches
         loader = iter(DataLoader(dataset, batch_size=None, sampler=batches))
         step = 0
         while micro_batches := list(islice(loader, args.accumulation_steps)):
-            n_targets = sum(targets.numel() for _, targets in micro_batches)
+            n_targets = sum(count(targets) for _, targets in micro_batches)
             # processes: DistributedDataParallel averages, so divide by the mean number
             n_targets = common.mean_over_processes(n_targets)  # processes
             losses = []
             optimizer.zero_grad()
             for i, (inputs, targets) in enumerate(micro_batches):
-                # processes: reduce gradients only with the last micro-batch of a step.
-                # processes: model.no_sync() sets the same, as a block around the loop.
+                # processes: reduce gradients only with the last micro-batch of a step,
+                # processes: as `with model.no_sync():` around the others would do
                 if world_size > 1:  # processes
                     last = i + 1 == len(micro_batches)  # processes
                     model.require_backward_grad_sync = last  # processes
@@ -74,9 +75,9 @@ def main(argv=None):
                 step_loss = common.mean_over_processes(step_loss)  # processes
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {step_loss:.6f}")
             step += 1
-        # scheduler.step() belongs above this line: what comes after it is not saved
+        # a scheduler that steps once per epoch steps here, before the save
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
-    common.print_end(args, parts, dataset, loss_fn, start)
+    common.print_end(args, parts["model"], dataset, loss_fn, start, count=count)
     return parts["model"]
 
 

@@ -26,9 +26,9 @@ def main(argv=None):
     loss_fn = F.mse_loss
     # whatever has a state belongs here: a scheduler, an EMA, a second optimizer, ...
     parts = {"model": model, "optimizer": optimizer}
-    settings = common.get_settings(args, parts, X, y)
+    settings = common.get_settings(args, parts, dataset, X, y)
     first_epoch = common.load_checkpoint(args, settings, parts)
-    common.print_start(args, len(dataset), first_epoch)
+    common.print_start(args, dataset, first_epoch)
     start = time.perf_counter()
     for epoch in range(first_epoch, args.epochs):
         common.seed_epoch(args.seed, epoch)
@@ -43,9 +43,9 @@ def main(argv=None):
             optimizer.step()
             if args.log_every and step % args.log_every == 0:
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {loss:.6f}")
-        # scheduler.step() belongs above this line: what comes after it is not saved
+        # a scheduler that steps once per epoch steps here, before the save
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
-    common.print_end(args, parts, dataset, loss_fn, start)
+    common.print_end(args, parts["model"], dataset, loss_fn, start)
     return parts["model"]
 
 
