@@ -156,15 +156,15 @@ def pick_device(name):
     argparse.ArgumentTypeError if there is no such device.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    kind = "cpu" if accelerator is None else accelerator.type
+    kind = accelerator and accelerator.type
     count = torch.accelerator.device_count()
     local_rank, local_world_size = 0, 1
     if dist.is_torchelastic_launched():  # else old variables may still be set
         local_rank = int(os.environ["LOCAL_RANK"])
         local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
-    if name == "auto":
-        name = kind if count >= local_world_size else "cpu"
-    if name == kind != "cpu":
+    if name == "auto" and count < local_world_size:
+        name = "cpu"
+    if name in ("auto", kind):
         name = f"{kind}:{local_rank}"
     present = ["cpu", *(f"{kind}:{index}" for index in range(count))]
     if name not in present:
@@ -258,7 +258,7 @@ class State(dict):
 
 
 def get_settings(args, parts, dataset, *data):
-    """Return what decides the training, as a text. Call it before the first step.
+    """Return, as text, what determines the training. Call it before the first step.
 
     `parts` is a dict of "model", "optimizer" and whatever else has a state_dict().
     Of the dataset, only the length is compared; `data` are tensors compared in full.
@@ -332,11 +332,10 @@ def load_checkpoint(args, settings, parts):
 def refuse_changes(whose, old, new):
     """End the program with the lines in which two texts differ, if they do."""
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm="")
-    changes = [
-        line[0] + line[1:].strip() for line in list(lines)[2:] if line[0] in "-+"
-    ]
+    changes = [line[0] + line[1:].strip() for line in lines if line[0] in "-+"]
     if changes:
-        sys.exit("\n".join([f"error: settings of {whose} differ:", *changes]))
+        changes[:2] = [f"error: settings of {whose} differ:"]  # not the names of files
+        sys.exit("\n".join(changes))
 
 
 def read_checkpoint(path):
