@@ -7,6 +7,7 @@ The judge is train_plainly(), a loop over whole batches: its steps, losses and w
 are compared with those of the scripts, and of copies with the README's recipes.
 """
 
+import argparse
 import contextlib
 import copy
 import io
@@ -37,6 +38,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
+from torch.utils.data import DataLoader, TensorDataset
 
 import common
 import train_accum
@@ -57,13 +59,14 @@ FLAGS = ["--hidden=0", "--epochs=2", "--lr=0.05", "--seed=0", "--log-every=1"]
 FLAGS += ["--device=cpu", "--checkpoint=run.pt", "--batch-size=32"]
 SPLIT_FLAGS = [*FLAGS, "--batch-size=8", "--accumulation-steps=4"]
 
-DATASET = "Your own Dataset"
+MODEL_AND_LOSS = "Your own model and loss"
 TENSORS = "Your own tensors or table, and a prediction"
+DATASET = "Your own Dataset, random augmentation"
 SCHEDULE = "Clipping, warm-up and a schedule"
 VALIDATION = "Validation, the best model, stopping early"
 SAVES = "Saving within an epoch"
-PENALTY = "A second term in the loss"
-FREEZING = "Freezing and unfreezing"
+ONE_LINE = "One-line changes"
+WHOLE = "A loss over the whole step"
 
 
 # ---- the judge
@@ -91,9 +94,10 @@ def sizes_in(flags):
     return types.SimpleNamespace(**sizes)
 
 
-def train_plainly(model, X, y, sizes, loss_fn=F.mse_loss, recipes=()):
+def train_plainly(model, fetch, y, sizes, loss_fn=F.mse_loss, recipes=()):
     """Train with whole batches, and what the README's recipes do.
 
+    `fetch(saves, rows)` returns inputs: their augmentation may depend on the saves.
     Return the steps to print (epoch, step, loss), and the model after each save.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=sizes.lr)
@@ -108,18 +112,22 @@ def train_plainly(model, X, y, sizes, loss_fn=F.mse_loss, recipes=()):
     steps = []
     saved = []
     for epoch in range(1, sizes.epochs + 1):
+        if ONE_LINE in recipes:
+            model[0].requires_grad_(epoch > 2)
         torch.manual_seed(seed_of(sizes.seed, epoch - 1))
-        order = torch.randperm(len(X)).split(rows_per_step)
+        order = torch.randperm(len(y)).split(rows_per_step)
+        iter(DataLoader(order))  # draws a random number, as in the scripts
         for step, rows in enumerate(order, start=1):
             optimizer.zero_grad()
+            inputs = fetch(len(saved), rows)
+            if WHOLE in recipes:  # reseeds, for dropout
+                torch.manual_seed(torch.randint(2**62, ()).item())
             with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in recipes):
-                outputs = model(X[rows])
+                outputs = model(inputs)
             loss = loss_fn(outputs.float(), y[rows])
-            if PENALTY in recipes:
+            if ONE_LINE in recipes:
                 loss += 0.01 * sum(weight.abs().sum() for weight in model.parameters())
             loss.backward()
-            if FREEZING in recipes and epoch <= 2:
-                model[0].zero_grad()
             if SCHEDULE in recipes:
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -132,9 +140,9 @@ def train_plainly(model, X, y, sizes, loss_fn=F.mse_loss, recipes=()):
     return steps, saved
 
 
-def seed_of(seed, epoch):
-    """Return the number that seeds an epoch, in a single process and in rank 0."""
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+def seed_of(*numbers):
+    """Return the number that seeds an epoch in a process, or an item in an epoch."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def judge(text, *flags, table=None, offset=0, done=0, file="run.pt"):
@@ -146,7 +154,7 @@ def judge(text, *flags, table=None, offset=0, done=0, file="run.pt"):
     X, y, mean, std = standardise(make_table(sizes.rows) if table is None else table)
     torch.manual_seed(sizes.seed)
     model = nn.Linear(X.shape[1], 1)
-    expected, _ = train_plainly(model, X, y, sizes)
+    expected, _ = train_plainly(model, lambda _, rows: X[rows], y, sizes)
     expected = np.reshape(expected, (-1, 3))
     steps, loss = read(text)
     assert_close(steps, expected[expected[:, 0] > done], 2e-5)
@@ -207,7 +215,7 @@ def resumed(run, monkeypatch):
         save_checkpoint(*args, **more)
         raise KeyboardInterrupt
 
-    def resumed(script, *flags, tolerance=0):
+    def resumed(script, *flags):
         flags = ["--epochs=3", *flags]
         whole = read(run(script, *flags))
         state = torch.load("run.pt")
@@ -218,16 +226,35 @@ def resumed(run, monkeypatch):
                 with pytest.raises(KeyboardInterrupt):
                     run(script, *flags)
         for found, expected in zip(read(run(script, *flags)), whole):
-            assert_close(found, expected, tolerance)
-        again = torch.load("run.pt")
+            assert_equal(found, expected)
+        lists = json.JSONEncoder(default=torch.Tensor.tolist).encode
+        assert lists(torch.load("run.pt")) == lists(state)
         os.remove("run.pt")
-        assert_close(weights_in(again), weights_in(state), tolerance)
-        if tolerance == 0:
-            lists = json.JSONEncoder(default=torch.Tensor.tolist).encode
-            assert lists(again) == lists(state)
         return state
 
     return resumed
+
+
+@pytest.fixture
+def every_way(run, resumed):
+    """Return a function that trains a copy of train_accum.py in three ways.
+
+    It is killed after each save, trained with whole batches, and by two processes.
+    """
+
+    def every_way(edits, *flags):
+        script = edited(train_accum, *edits)
+        sizes = sizes_in(flags)
+        states = [resumed(script, *flags)]
+        if os.name == "posix":
+            run_processes(flags, flags, edits=edits)
+            states.append(torch.load("run.pt"))
+            os.remove("run.pt")
+        whole = f"--batch-size={sizes.batch_size * sizes.accumulation_steps}"
+        run(script, *flags, whole, "--accumulation-steps=1")
+        return [*states, torch.load("run.pt")]
+
+    return every_way
 
 
 def edited(script, *edits):
@@ -270,10 +297,12 @@ def test_help_of_each_script(script, capsys):
 
 
 def test_the_lines_of_a_run_come_at_once(monkeypatch):
-    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
     monkeypatch.setattr(sys, "stdout", output)
-    train_accum.main([*SPLIT_FLAGS, "--rows=7", "--epochs=1"])
+    np.savetxt("表.csv", make_table(7), delimiter=",")
+    train_accum.main([*SPLIT_FLAGS, "--data=表.csv", "--epochs=1"])
     expected = (
+        r"\\u8868.csv: line 1 is a row of numbers\n"
         "7 rows, 8 x 4 per step, 1 steps per epoch, 0 of 1 epochs done; cpu, "
         rf"processes: 1, torch {re.escape(torch.__version__)}, seed 0\n"
         r"Epoch: 1, Step: 1, Loss: \d\.\d{6}\n"
@@ -307,12 +336,28 @@ def test_a_script_resumes_from_the_file_of_another(run):
 
 
 @each_script
-def test_no_more_rows_than_the_batch_size_are_computed_at_once(run, script):
-    rows = []
-    watch = nn.modules.module.register_module_forward_pre_hook
-    with watch(lambda _, inputs: rows.append(len(inputs[0]))):
-        run(script, "--rows=100", "--batch-size=30", "--epochs=1")
-    assert rows == [30, 30, 30, 10] * 2  # in training, and for the last line
+def test_no_more_rows_than_the_batch_size_are_computed_at_once(
+    run, script, monkeypatch
+):
+    fetched, computed, firsts = [], [], []
+    means = mock.Mock(side_effect=float)
+
+    def fetch(dataset, rows):
+        fetched.append(len(rows))
+        return tuple(tensor[rows] for tensor in dataset.tensors)
+
+    def watch(layer, inputs):
+        computed.append(len(inputs[0]))
+        firsts.append(layer.weight.grad is None)
+
+    monkeypatch.setattr(TensorDataset, "__getitem__", fetch)
+    monkeypatch.setattr(common, "mean_over_processes", means)
+    with nn.modules.module.register_module_forward_pre_hook(watch):
+        run(script, "--rows=100", "--batch-size=30", "--epochs=1", "--log-every=0")
+    assert fetched == computed == [30, 30, 30, 10] * 2  # also for the last line
+    steps = 1 if script is train_accum else 4
+    assert sum(firsts) == steps  # no gradient is left from the step before
+    assert means.call_count == 2 + (script is train_accum)
 
 
 def most_tensors_kept(train, *arguments):
@@ -332,25 +377,56 @@ def most_tensors_kept(train, *arguments):
 
 
 def test_accumulation_keeps_the_tensors_of_a_single_micro_batch(run):
-    """Also in the README's loop; there, no BatchNorm gets a single row."""
-    kept = []
+    """Also in the README's loop. The judge's batches have their size."""
+    most = most_tensors_kept(
+        train_plainly,
+        common.make_model(10, 3),
+        lambda _, rows: torch.ones(len(rows), 10),
+        torch.ones(80, 1),
+        sizes_in(["--batch-size=8"]),
+    )
     for steps in (1, 9):
         edits = [("range(10)", "range(1)"), ("steps = 4", f"steps = {steps}")]
-        block = replaced(LOOP, (LINEAR, NORM), *edits)
-        flags = [f"--accumulation-steps={steps}", f"--checkpoint={steps}.pt"]
-        most = most_tensors_kept(run, train_accum, "--hidden=3", *flags)
-        kept.append((most, most_tensors_kept(exec, block, {})))
-    assert kept[0] == kept[1]
+        block = replaced(LOOP, (LINEAR, "common.make_model(10, 3)"), *edits)
+        assert most_tensors_kept(exec, block, {"common": common}) == most
+        flags = ["--hidden=3", f"--accumulation-steps={steps}"]
+        flags += [f"--checkpoint={steps}.pt"]
+        assert most_tensors_kept(run, train_accum, *flags) == most
 
 
-def test_mean_loss_is_exact_and_leaves_each_layer_in_its_mode():
-    model = nn.Sequential(nn.BatchNorm1d(10).eval(), nn.Dropout(), nn.Linear(10, 1))
-    X, y, *_ = standardise(make_table(70))
-    args = types.SimpleNamespace(batch_size=30, device="cpu")
-    data = torch.utils.data.TensorDataset(X, y)
-    loss = common.mean_loss(args, model, data, F.mse_loss)
+@parametrize("batch_size, workers", [(70, 0), (30, 1), (1, 0)])
+def test_mean_loss_is_exact_and_changes_nothing(batch_size, workers):
+    """With class weights and padding, in pieces that may be padding only."""
+    model = nn.Sequential(nn.BatchNorm1d(9).eval(), nn.Dropout(), nn.Linear(9, 5))
+    model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    data = TensorDataset(torch.randn(70, 9), torch.arange(70) % 6 - 1)
+    weight = torch.arange(1.0, 6)
+    loss_fn = nn.CrossEntropyLoss(weight, ignore_index=-1)
+    args = types.SimpleNamespace(batch_size=batch_size, device="cpu")
+    graphs = []
+    before = torch.get_rng_state().tolist()
+    loss = common.mean_loss(
+        args,
+        model,
+        common.Batches(data),
+        loss_fn,
+        count=lambda targets: weight[targets[targets >= 0]].sum(),
+        num_workers=workers,
+    )
+    assert torch.get_rng_state().tolist() == before
     assert [layer.training for layer in model] == [False, True, True]
-    assert_close(loss, F.mse_loss(model.eval()(X), y).item())
+    assert not any(graphs)
+    X, y = data.tensors
+    assert_close(loss, loss_fn(model.eval()(X), y).item())
+
+
+@parametrize("rows", [[3, 0], []])
+def test_batches_of_single_items_can_be_dicts_and_empty(rows):
+    items, _ = torch.utils.data.random_split([{"x": x} for x in range(9)], [5, 4])
+    index = torch.tensor(rows, dtype=int)
+    assert common.Batches(items)[index]["x"].tolist() == [items[i]["x"] for i in rows]
+    doubled = common.Batches(range(9), lambda items: 2 * torch.tensor(items))
+    assert doubled[index].tolist() == [2 * i for i in rows]
 
 
 # ---- edits, as users make them in a copy
@@ -361,6 +437,8 @@ MODEL = "common.make_model(X.shape[1], args.hidden)"
 OPTIMIZER = "torch.optim.SGD(model.parameters(), lr=args.lr)"
 ADAMW = (OPTIMIZER, "torch.optim.AdamW(model.parameters(), lr=torch.tensor(args.lr))")
 PARTS = '    parts = {"model": model, "optimizer": optimizer}\n'
+EPOCH = "    for epoch in range(first_epoch, args.epochs):\n"
+LOSS = 'loss = loss_fn(model(inputs), targets, reduction="sum") / n_targets\n'
 STEP = "            optimizer.step()\n"
 MORE_PARTS = """
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
@@ -429,6 +507,9 @@ def test_an_epoch_has_random_numbers_of_its_own_and_the_same_again():
     for where in [(0, 1), (0, 1, 0), (1, 0), (0, 2), (0, 1, 1), (0, 2, 1)]:
         common.seed_epoch(*where)
         numbers.append({torch.rand(1).item(), np.random.rand(), random.random()})
+    with mock.patch("torch.cuda.manual_seed_all") as seed_gpus:
+        common.seed_epoch(0, 1)
+    seed_gpus.assert_called_with(seed_of(0, 1))
     first, again, *others = numbers
     assert first == again
     assert len(first.union(*others)) == 5 * 3
@@ -472,6 +553,9 @@ def test_a_file_of_any_form_is_the_same_table(run, name, header):
             pool.submit(data.write_bytes, content)
         text = run(train_basic, f"--data={name}")
     judge(text, table=SHIFTED, offset=OFFSET)
+    if name == "a.csv.gz":
+        with pytest.raises(SystemExit, match="No such file"):
+            run(train_basic, "--data=a.csv")  # another name
     assert ("line 1 is a header" in text) == bool(header)
     assert ("line 1 is a row of numbers" in text) == (header == "")
 
@@ -513,6 +597,8 @@ WRONG_FLAGS = {
     "--device=cuda:2": "cuda:2 is not here, only cpu, cuda:0, cuda:1$",
     "--lr=1e30": "^error: epoch 1: a weight is not finite; try a lower --lr",
     "--data=t.csv": "^error: --data t.csv: .*No such file",
+    "--data=http://127.0.0.1:9/t.csv": "^error: --data http:.*No such file",
+    "--checkpoint=.": "damaged, or not from here",
     "--checkpoint=none/run.pt": NO_FOLDER,
     "--checkpoint=/proc/run.pt": NO_FOLDER,
 }
@@ -537,12 +623,18 @@ REFUSED = [(None, flags, said) for flags, said in WRONG_FLAGS.items()]
 REFUSED += [(text, "--data=t.csv", BAD_DATA + said) for text, said in NO_TABLES.items()]
 REFUSED += [(content, "", DAMAGED) for content in FOREIGN]
 REFUSED += [
+    (
+        np.array([[Code()]]),
+        "--data=t.npy",
+        "^error: --data t.npy: .*allow_pickle=False",
+    ),
     (np.ones(3), "--data=t.npy", rf"^error: --data t.npy: {TOO_FEW} \(3,\)$"),
     (np.eye(2) * 1j, "--data=t.npy", r"^error: --data t.npy: .*dtype\('complex128'\)"),
     ({"settings": "x", "epoch": 0}, "", "^-x$"),
     ([], "--lr=0.1", r"^\+'lr': 0.1,$"),
     ([], "--seed=1", r"^\+'seed': 1}$"),
     ([], "--batch-size=9", "^-'rows per step': 32,$"),
+    ([], "--rows=999", "^-'rows': 1000,$"),
     ([], "--rows=999", r"^\+{'data': \['torch.float32 \(999, 10\), crc32 "),
     ([("t, X, y)", "t, X, -y)")], "", r"^-'torch.float32 \(1000, 1\), crc32 "),
     ([], "--hidden=1", r"^\+'  \(1\): ReLU\(\)',$"),
@@ -593,20 +685,37 @@ def test_a_part_cannot_have_the_name_of_something_else(run, name):
     assert files() == {}
 
 
-def test_data_of_any_type_are_compared():
+def test_data_of_any_type_are_compared(monkeypatch):
     numbers = torch.arange(2.0).bfloat16()
     texts = {common.describe(data) for data in (numbers, numbers.flip(0), *numbers)}
     assert len(texts) == 4
+    text = common.describe(numbers)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.flip(0))
+    assert common.describe(numbers.flip(0)) == text
 
 
 def test_peak_memory_is_what_the_system_or_the_device_counts(monkeypatch):
     resource = pytest.importorskip("resource")
     np.ones(2**25)  # 256 MiB, freed at once
-    peak = re.match(r"(\d+) MiB", common.peak_memory(torch.device("cpu")))
-    counted = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    assert peak is None or 0.9 * counted < int(peak[1]) < 1.1 * counted
+    for device in ("cpu", "mps"):
+        peak = re.match(r"(\d+) MiB", common.peak_memory(torch.device(device)))
+        counted = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        assert peak is None or 0.9 * counted < int(peak[1]) < 1.1 * counted
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda _: 3 * 2**20)
     assert common.peak_memory(torch.device("cuda")) == "3 MiB of the device"
+
+
+def test_loading_takes_no_more_than_the_table_and_a_copy():
+    code = f"""
+import sys, types
+sys.path.append({os.path.dirname(common.__file__)!r})
+import common
+for rows in (1, 2**20):
+    common.get_data(types.SimpleNamespace(rows=rows, data=None))
+    print(common.peak_memory(common.torch.device("cpu")))
+"""
+    small, large = map(int, re.findall(r"\d+", start("-c", code)) or (0, 0))
+    assert large - small < 2 * 88  # MiB, in float64
 
 
 # ---- checkpoint
@@ -619,12 +728,12 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(monkeypatch):
     model = nn.Linear(99, 1)
     save(model)
     before = files()
-    written = {}
+    written = []
 
     def fsync(descriptor):
         [(path, content)] = files().items() - before.items()  # what is new
         assert os.path.samestat(os.fstat(descriptor), path.stat())
-        written[path] = content
+        written.append((path, content))
         if len(written) == 1:
             raise KeyboardInterrupt
 
@@ -632,9 +741,12 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save(model, epochs=2)
     assert files() == before
-    save(model, epochs=2)
-    assert set(written.values()) == set(files().values())
-    assert len(written) == 2  # each run's temporary file has a name of its own
+    with mock.patch.object(torch, "load", wraps=torch.load) as load:
+        save(model, epochs=2)
+    assert load.call_args.kwargs["map_location"] == "meta"  # reads no weight
+    (first, _), (second, content) = written
+    assert first != second  # each run's temporary file has a name of its own
+    assert list(files().values()) == [content]
     assert torch.load("run.pt")["epoch"] == 2
 
 
@@ -682,6 +794,7 @@ DEVICES = [  # accelerators, processes, --device, what the second process gets
     (2, 2, "auto", "cuda:1"),
     (2, 2, "cuda", "cuda:1"),
     (2, 1, "cuda:1", "cuda:1"),
+    (1, 2, "cuda", None),
 ]
 
 
@@ -700,7 +813,30 @@ def test_a_process_picks_its_device(monkeypatch, count, processes, name, device)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     if processes > 1:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert common.pick_device(name) == torch.device(device)
+    if device is None:  # rather an error than another device
+        with pytest.raises(argparse.ArgumentTypeError, match="cuda:1 is not here"):
+            common.pick_device(name)
+    else:
+        assert common.pick_device(name) == torch.device(device)
+
+
+def test_a_process_joins_with_its_own_device_and_prints_nothing(monkeypatch):
+    calls = []
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "set_device_index", calls.append)
+    monkeypatch.setattr(common.dist, "rendezvous", lambda _: iter([(None, 1, 2)]))
+    monkeypatch.setattr(
+        common.dist, "init_process_group", lambda **x: calls.append({*x})
+    )
+    monkeypatch.setattr(common.atexit, "register", calls.append)
+    args = types.SimpleNamespace(device=torch.device("cuda:1"))
+    common.join_processes(args)
+    options = {"store", "rank", "world_size", "timeout"}  # each device's own backend
+    assert calls == [1, options, common.dist.destroy_process_group]
+    print("\udcff is no error")
+    assert args.checkpoint is None
 
 
 @pytest.fixture
@@ -725,13 +861,15 @@ def on_a_device(run, monkeypatch):
 
 def worker(folder, processes, edits):
     """Run train_accum.py as one process of several; return what it did and printed."""
-    facts = types.SimpleNamespace(rows=0, reductions=0, wrapped=0, seeds=set())
-    facts.prefix = None
+    facts = types.SimpleNamespace(reductions=0, wrapped=0, seeds=set(), prefix=None)
+    facts.rows = [0, 0]  # in eval() and in train()
 
-    def count_rows(_, inputs):
-        facts.rows += len(inputs[0])
-        numpy_seed = np.random.get_state()[1][1]
-        facts.seeds.add((torch.initial_seed(), numpy_seed, random.getstate()[1][1]))
+    def count_rows(layer, inputs):
+        facts.rows[layer.training] += len(inputs[0])
+        if layer.training:
+            numpy_seed = np.random.get_state()[1][1]
+            python_seed = random.getstate()[1][1]
+            facts.seeds.add((torch.initial_seed(), numpy_seed, python_seed))
 
     def count_reductions(_, bucket):
         facts.reductions += 1
@@ -739,8 +877,9 @@ def worker(folder, processes, edits):
 
     def watched(model):
         facts.wrapped += 1
+        if facts.wrapped == 1:
+            model.register_forward_pre_hook(count_rows)
         model = nn.parallel.DistributedDataParallel(model)
-        model.register_forward_pre_hook(count_rows)
         model.register_comm_hook(None, count_reductions)
         return model
 
@@ -807,7 +946,7 @@ def test_processes_share_each_batch_and_a_kill_costs_an_epoch_at_most(monkeypatc
     assert facts.prefix == ["1"] * 3  # without a prefix, it can hang
     judge(facts.printed[0], *flags, done=1)
     assert facts.printed[1:] == ["", ""]
-    assert sum(facts.rows) == 2 * 100
+    assert facts.rows == [[43, 2 * 43], [29, 2 * 29], [28, 2 * 28]]
     assert facts.reductions == [2 * 5] * 3  # one a step
     assert facts.wrapped == [2] * 3  # anew, as after resuming
     for seeds in zip(*set.union(*facts.seeds)):
@@ -828,26 +967,33 @@ def test_two_machines_resume_from_the_file_of_the_first(run):
     run(train_accum, *first, "--epochs=1")
     facts = run_processes(first, second, machines=2)
     judge(facts.printed[0], *flags, "--rows=33", done=1)
-    assert sum(facts.rows) == 33
+    assert np.sum(facts.rows, axis=0).tolist() == [33, 33]
     assert facts.prefix == [None, None]  # machines count on their own
     assert sorted(os.listdir()) == ["first.npy", "run.pt", "second.npy"]
 
 
-UNLIKE = [  # flags of two processes, and a line of their error
-    ("--log-every=1", "--log-every=2", "+'log_every': 2,"),
-    ("--batch-size=8", "--batch-size=9", "+'batch_size': 9,"),
-    ("--data=0.npy", "--data=1.npy", "+'torch.float32 (9, 1), crc32 "),
-    ("--checkpoint=0.npy", "--lr=0.05", "0.npy: damaged, or not from here"),
+DATA_LINE = "    dataset = TensorDataset(X, y)\n"
+ON_META = (
+    DATA_LINE,
+    DATA_LINE + "    args.device = torch.device(['cpu', 'meta'][rank])\n",
+)
+UNLIKE = [  # flags of two processes, a line of their error, and an edit
+    ("--log-every=1", "--log-every=2", "+'log_every': 2,", []),
+    ("--batch-size=8", "--batch-size=9", "+'batch_size': 9,", []),
+    ("--data=0.npy", "--data=1.npy", "+'torch.float32 (9, 1), crc32 ", []),
+    ("--checkpoint=0.npy", "--lr=0.05", "0.npy: damaged, or not from here", []),
+    ("--lr=1e30", "--lr=1e30", "epoch 1: a weight is not finite", []),
+    ("--seed=0", "--seed=0", "+'device': 'meta',", [ON_META]),
 ]
 
 
 @posix
-@parametrize("first, second, line", UNLIKE)
-def test_processes_that_must_not_train_end_alike(first, second, line):
+@parametrize("first, second, line, edits", UNLIKE)
+def test_processes_that_must_not_train_end_alike(first, second, line, edits):
     np.save("0.npy", make_table(9))
     np.save("1.npy", make_table(9)[np.r_[0:7, 8, 7]])
     before = files()
-    zero, one = run_processes([first], [second]).error
+    zero, one = run_processes([first], [second], edits=edits).error
     assert zero == one
     assert line in one
     assert files() == before
@@ -929,116 +1075,149 @@ def recipe(title):
     ]
 
 
-TOGETHER = [SCHEDULE, VALIDATION, SAVES, PENALTY]
-RECIPES = [[VALIDATION], ["bf16"], [FREEZING]]
-RECIPES += [TOGETHER, [DATASET, *TOGETHER], [TENSORS, *TOGETHER]]
-SEVERAL = "torch.arange(10_000).view(1000, 10) % 7 / 7"  # targets of a row
-OTHER = {
-    DATASET: [(", num_workers=2", "")],
-    TENSORS: [("torch.arange(1000) // 100", SEVERAL), ("cross_entropy", "mse_loss")],
-}
 ITEMS = torch.arange(1000)
-IMAGES = (ITEMS / 1000).view(1000, 1, 1, 1).expand(1000, 3, 8, 8)
 RAMP = torch.linspace(-1, 1, 192_000).view(1000, 3, 8, 8)
-DATA = {  # inputs, targets and loss function
-    DATASET: (IMAGES, ITEMS % 10, F.cross_entropy),
-    TENSORS: (RAMP, eval(SEVERAL), F.mse_loss),
+PADDED = "(torch.arange(1000) // 100).where(torch.arange(1000) % 3 > 0, -100)"
+STRICT = (  # lerp() takes no two kinds of numbers
+    "lambda outputs, targets, **reduction: "
+    "F.mse_loss(outputs.lerp(targets, 0.0), targets, **reduction)"
+)
+COUNT = "count = torch.numel"
+KEPT = "count = lambda targets: (targets != -100).sum()"
+IN_TENSORS = [("torch.arange(1000) // 100", PADDED), (COUNT, KEPT)]
+X, Y, *_ = standardise(make_table(1000))
+
+
+def images(saves, rows):
+    """Return inputs of the recipe's Dataset, with their random augmentation."""
+    noise = []
+    for row in rows.tolist():
+        torch.manual_seed(seed_of(0, saves, row))
+        noise.append(torch.rand(3, 8, 8))
+    return rows.view(-1, 1, 1, 1) / 1000 + 0.1 * torch.stack(noise)
+
+
+def dice(outputs, targets):
+    """Return the loss of the recipe for a whole step."""
+    return 1 - 2 * (outputs * targets).sum() / (outputs**2 + targets**2).sum()
+
+
+DATA = {  # edits, inputs, targets and loss function
+    "table": ([("F.mse_loss", STRICT)], lambda _, rows: X[rows], Y, F.mse_loss),
+    TENSORS: (IN_TENSORS, lambda _, rows: RAMP[rows], eval(PADDED), F.cross_entropy),
+    DATASET: ([(", num_workers=2", "")], images, ITEMS % 10, F.cross_entropy),
 }
-TABLE = (*standardise(make_table(1000))[:2], F.mse_loss)
+TOGETHER = [SCHEDULE, VALIDATION, SAVES]
+RECIPES = [("table", recipes) for recipes in ([VALIDATION], ["bf16"], [WHOLE])]
+RECIPES += [(data, TOGETHER) for data in DATA]
+RECIPES += [("table", [*TOGETHER, WHOLE]), (TENSORS, [*TOGETHER, "bf16"])]
 
 
-@parametrize("recipes", RECIPES, ids="+".join)
+@parametrize("data, recipes", RECIPES)
 @pytest.mark.filterwarnings("error:.*Disabling")
-def test_recipes_take_the_steps_of_a_plain_loop(run, resumed, on_a_device, recipes):
+def test_recipes_take_the_steps_of_a_plain_loop(every_way, on_a_device, data, recipes):
     """Also after kills, with whole batches, and over two processes.
 
     Validation leaves 900 rows: the last micro-batch has a single row.
     """
-    edits = [edit for title in recipes for edit in recipe(title) + OTHER.get(title, [])]
+    edits, fetch, y, loss_fn = DATA[data]
+    titles = recipes if data == "table" else [MODEL_AND_LOSS, data, *recipes]
+    edits = [edit for title in titles for edit in recipe(title)] + edits
     script = edited(train_accum, *edits)
     flags = ["--epochs=8", "--lr=0.1", "--batch-size=29", "--accumulation-steps=2"]
     if recipes == [VALIDATION]:  # a rate at which it soon gets worse
         flags += ["--epochs=12", "--lr=0.46"]
+    if data == DATASET:  # whose random numbers take time
+        flags += ["--epochs=1"]
     tolerance = 1e-3 if "bf16" in recipes else 1e-5
 
     torch.manual_seed(0)
-    training = ITEMS
+    validation, training = [], ITEMS
     if VALIDATION in recipes:
         validation, training = torch.randperm(1000).split([100, 900])
-    X, y, loss_fn = DATA.get(recipes[0], TABLE)
-    if recipes[0] in DATA:
-        model = nn.Sequential(nn.Flatten(1), nn.Linear(192, 10))
-    elif FREEZING in recipes:
-        model = nn.Sequential(nn.Linear(10, 3), nn.ReLU(), nn.Linear(3, 1))
-        flags += ["--hidden=3"]
-    else:
+    if data == "table":
         model = nn.Linear(10, 1)
-    data = X[training], y[training]
-    _, saved = train_plainly(model, *data, sizes_in(flags), loss_fn, recipes)
+    else:
+        model = nn.Sequential(nn.Flatten(1), nn.Linear(192, 10))
+    _, saved = train_plainly(
+        model,
+        lambda saves, rows: fetch(saves, training[rows]),
+        y[training],
+        sizes_in(flags),
+        dice if WHOLE in recipes else loss_fn,
+        recipes,
+    )
     best, last = 0, len(saved) - 1
     if VALIDATION in recipes:
-        losses = [loss_fn(one(X[validation]), y[validation]) for one in saved]
-        for last, loss in enumerate(losses):
-            if loss < losses[best]:
-                best = last
+        losses = [
+            loss_fn(one(fetch(saves, validation)), y[validation]).item()
+            for saves, one in enumerate(saved)
+        ]
+        for last in range(len(saved)):
+            best = np.argmin(losses[: last + 1])
             if last == best + 5:  # five without a better one
                 break
 
     if "bf16" not in recipes:
         on_a_device(script, *flags)
-    expected = weights_of(saved[last])
-    state = resumed(script, *flags)
-    assert state["epoch"] == last + 1
-    assert ("rows between saves: 580" in state["settings"]) == (SAVES in recipes)
-    assert ("photos, version 3" in state["settings"]) == (DATASET in recipes)
-    assert_close(weights_in(state), expected, tolerance)
-    run(script, *flags, "--batch-size=58", "--accumulation-steps=1")
-    assert_close(weights_in(torch.load("run.pt")), expected)
-    if os.name == "posix":
-        os.remove("run.pt")
-        run_processes(flags, flags, edits=edits)
-        assert_close(weights_in(torch.load("run.pt")), expected, tolerance)
+    for state in every_way(edits, *flags):
+        assert state["epoch"] == last + 1
+        assert_close(weights_in(state), weights_of(saved[last]), tolerance)
+        if VALIDATION in recipes:
+            assert_close(state["best"]["loss"], losses[best], tolerance)
+            assert "validation: torch.int64 (100,), crc32" in state["settings"]
+        assert ("rows between saves: 580" in state["settings"]) == (SAVES in recipes)
+        assert ("photos, version 3" in state["settings"]) == (data == DATASET)
     if VALIDATION in recipes:
         [code] = re.findall(r"`(model\.load_state_dict\([^`]*\))`", README)
         exec(code)
         assert_close(weights_of(model), weights_of(saved[best]))
 
 
-class SmallMemory(nn.Linear):
-    """A layer that runs out of memory above three rows, two times out of three."""
-
-    calls = 0
-    kept = None  # what the last failed backward pass needs
-
-    def forward(self, inputs):
-        assert self.kept is None or self.kept() is None, "a failed attempt is kept"
-        inputs = inputs.clone()
-        outputs = super().forward(inputs)
-        if len(inputs) > 3:
-            self.calls += 1
-            if self.calls % 3 == 1:
-                raise torch.OutOfMemoryError
-            if self.calls % 3 == 2:
-                self.kept = weakref.ref(inputs)
-                outputs.register_hook(self.fail)
-        return outputs
-
-    def fail(self, gradient):
-        raise torch.OutOfMemoryError
-
-
-def test_the_recipe_for_out_of_memory(run, resumed, on_a_device):
-    edits = [*recipe("Out of memory"), (MODEL, "SmallMemory(10, 1)")]
-    script = edited(train_basic, *edits)
-    script.SmallMemory = SmallMemory
-    judge(run(script, "--rows=1037"), "--rows=1037")
+def test_masks_are_new_after_each_save_and_the_same_in_both_passes(run):
+    seeds = set()
+    watch = nn.modules.module.register_module_forward_pre_hook
+    with watch(lambda layer, _: seeds.add(torch.initial_seed() * layer.training)):
+        run(edited(train_accum, *recipe(SAVES)), "--rows=1000", "--epochs=1")
+    assert len(seeds) == 4 + 1
     os.remove("run.pt")
-    resumed(script, "--rows=1037", tolerance=1e-5)
-    on_a_device(edited(train_basic, *recipe("Out of memory")))
+    torch.manual_seed(0)
+    model = eval(DROPOUT[1])
+    _, fetch, y, _ = DATA["table"]
+    train_plainly(model, fetch, y, sizes_in([]), dice, [WHOLE])
+    run(edited(train_accum, *recipe(WHOLE), DROPOUT), *FLAGS, "--accumulation-steps=1")
+    assert_close(weights_in(torch.load("run.pt")), weights_of(model))
+
+
+def test_freezing_and_a_second_term_take_the_steps_of_a_plain_loop(every_way):
+    text = "\n".join(block for _, block in SECTIONS[ONE_LINE])
+    term, freeze = re.findall("^(.*?) +# (?:a second|freezing)", text, re.MULTILINE)
+    weights = "        for weight in parts['model'][0].parameters():\n"
+    penalty = "sum(weight.abs().sum() for weight in model.parameters())"
+    edits = [
+        (EPOCH, f"{EPOCH}{weights}            {freeze}\n"),
+        (LOSS, f"{LOSS}                {term.replace('penalty', penalty)}\n"),
+    ]
+    flags = ["--epochs=3", "--batch-size=9", "--accumulation-steps=3", "--hidden=3"]
+    torch.manual_seed(0)
+    model = common.make_model(10, 3)
+    _, fetch, y, _ = DATA["table"]
+    train_plainly(model, fetch, y, sizes_in(flags), recipes=[ONE_LINE])
+    for state in every_way(edits, *flags):
+        assert_close(weights_in(state), weights_of(model))
+
+
+@posix
+def test_the_command_for_out_of_memory_ends_with_what_fits():
+    script = "import sys; print(sys.argv[2]); exit(int(sys.argv[2]) > 4)"
+    pathlib.Path("train_accum.py").write_text(script)
+    [command] = [block for kind, block in SECTIONS[ONE_LINE] if kind == "sh"]
+    command = ["bash", "-c", command.replace("python", sys.executable)]
+    assert subprocess.check_output(command, text=True) == "32\n16\n8\n4\n"
 
 
 def test_the_flags_of_each_command_are_right():
-    commands = re.findall(r"(train_\w+)\.py (--.*)", README)
+    commands = re.findall(r"(train_\w+)\.py (--[^$]*?)$", README, re.MULTILINE)
     assert len(commands) >= 6
     for script, flags in commands:
         assert script in sys.modules
