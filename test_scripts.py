@@ -65,7 +65,7 @@ DATASET = "Your own Dataset, random augmentation"
 SCHEDULE = "Clipping, warm-up and a schedule"
 VALIDATION = "Validation, the best model, stopping early"
 SAVES = "Saving within an epoch"
-ONE_LINE = "One-line changes"
+TERM = "a second term"
 WHOLE = "A loss over the whole step"
 
 
@@ -112,8 +112,6 @@ def train_plainly(model, fetch, y, sizes, loss_fn=F.mse_loss, recipes=()):
     steps = []
     saved = []
     for epoch in range(1, sizes.epochs + 1):
-        if ONE_LINE in recipes:
-            model[0].requires_grad_(epoch > 2)
         torch.manual_seed(seed_of(sizes.seed, epoch - 1))
         order = torch.randperm(len(y)).split(rows_per_step)
         iter(DataLoader(order))  # draws a random number, as in the scripts
@@ -125,7 +123,7 @@ def train_plainly(model, fetch, y, sizes, loss_fn=F.mse_loss, recipes=()):
             with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in recipes):
                 outputs = model(inputs)
             loss = loss_fn(outputs.float(), y[rows])
-            if ONE_LINE in recipes:
+            if TERM in recipes:
                 loss += 0.01 * sum(weight.abs().sum() for weight in model.parameters())
             loss.backward()
             if SCHEDULE in recipes:
@@ -235,28 +233,6 @@ def resumed(run, monkeypatch):
     return resumed
 
 
-@pytest.fixture
-def every_way(run, resumed):
-    """Return a function that trains a copy of train_accum.py in three ways.
-
-    It is killed after each save, trained with whole batches, and by two processes.
-    """
-
-    def every_way(edits, *flags):
-        script = edited(train_accum, *edits)
-        sizes = sizes_in(flags)
-        states = [resumed(script, *flags)]
-        if os.name == "posix":
-            run_processes(flags, flags, edits=edits)
-            states.append(torch.load("run.pt"))
-            os.remove("run.pt")
-        whole = f"--batch-size={sizes.batch_size * sizes.accumulation_steps}"
-        run(script, *flags, whole, "--accumulation-steps=1")
-        return [*states, torch.load("run.pt")]
-
-    return every_way
-
-
 def edited(script, *edits):
     """Return a copy of a script in which old lines are replaced with new ones."""
     text = pathlib.Path(script.__file__).read_text(encoding="utf-8")
@@ -336,9 +312,7 @@ def test_a_script_resumes_from_the_file_of_another(run):
 
 
 @each_script
-def test_no_more_rows_than_the_batch_size_are_computed_at_once(
-    run, script, monkeypatch
-):
+def test_no_more_rows_than_the_batch_size_at_once(run, monkeypatch, script):
     fetched, computed, firsts = [], [], []
     means = mock.Mock(side_effect=float)
 
@@ -378,13 +352,9 @@ def most_tensors_kept(train, *arguments):
 
 def test_accumulation_keeps_the_tensors_of_a_single_micro_batch(run):
     """Also in the README's loop. The judge's batches have their size."""
-    most = most_tensors_kept(
-        train_plainly,
-        common.make_model(10, 3),
-        lambda _, rows: torch.ones(len(rows), 10),
-        torch.ones(80, 1),
-        sizes_in(["--batch-size=8"]),
-    )
+    _, fetch, y, _ = DATA["table"]
+    plain = fetch, y[:80], sizes_in(["--batch-size=8"])
+    most = most_tensors_kept(train_plainly, common.make_model(10, 3), *plain)
     for steps in (1, 9):
         edits = [("range(10)", "range(1)"), ("steps = 4", f"steps = {steps}")]
         block = replaced(LOOP, (LINEAR, "common.make_model(10, 3)"), *edits)
@@ -402,17 +372,15 @@ def test_mean_loss_is_exact_and_changes_nothing(batch_size, workers):
     data = TensorDataset(torch.randn(70, 9), torch.arange(70) % 6 - 1)
     weight = torch.arange(1.0, 6)
     loss_fn = nn.CrossEntropyLoss(weight, ignore_index=-1)
-    args = types.SimpleNamespace(batch_size=batch_size, device="cpu")
     graphs = []
+
+    def count(targets):
+        return weight[targets[targets >= 0]].sum()
+
+    args = types.SimpleNamespace(batch_size=batch_size, device="cpu")
     before = torch.get_rng_state().tolist()
-    loss = common.mean_loss(
-        args,
-        model,
-        common.Batches(data),
-        loss_fn,
-        count=lambda targets: weight[targets[targets >= 0]].sum(),
-        num_workers=workers,
-    )
+    batches = common.Batches(data)
+    loss = common.mean_loss(args, model, batches, loss_fn, count, workers)
     assert torch.get_rng_state().tolist() == before
     assert [layer.training for layer in model] == [False, True, True]
     assert not any(graphs)
@@ -438,7 +406,10 @@ OPTIMIZER = "torch.optim.SGD(model.parameters(), lr=args.lr)"
 ADAMW = (OPTIMIZER, "torch.optim.AdamW(model.parameters(), lr=torch.tensor(args.lr))")
 PARTS = '    parts = {"model": model, "optimizer": optimizer}\n'
 EPOCH = "    for epoch in range(first_epoch, args.epochs):\n"
-LOSS = 'loss = loss_fn(model(inputs), targets, reduction="sum") / n_targets\n'
+FREEZE = """
+        for weight in parts["model"][0].parameters():
+            weight.requires_grad_(epoch >= 2)
+"""
 STEP = "            optimizer.step()\n"
 MORE_PARTS = """
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
@@ -460,6 +431,7 @@ COPIES = {
     "as it is": [],
     "three hidden units": [(MODEL, MODEL.replace("args.hidden", "3"))],  # as --hidden=3
     "a frozen layer": [(MODEL, FROZEN)],
+    "freezing": [(MODEL, MODEL.replace("args.hidden", "3")), (EPOCH, EPOCH + FREEZE)],
     "dropout": [DROPOUT],
     "all of your own": YOUR_OWN,
 }
@@ -1068,6 +1040,8 @@ def test_the_loop_to_copy_survives_a_step_of_padding(capsys):
 
 def recipe(title):
     """Return a recipe's edits: each change without its + and without its - lines."""
+    if title == TERM:
+        return [("                loss.backward()\n", SECOND_TERM)]
     [diff] = [block for kind, block in SECTIONS[title] if kind == "diff"]
     return [
         [re.sub(rf"^[{sign}].*\n|^.", "", change, flags=re.M) for sign in "+-"]
@@ -1075,16 +1049,18 @@ def recipe(title):
     ]
 
 
+[ONE_LINERS, SHELL] = [block for _, block in SECTIONS["One-line changes"]]
+SECOND_TERM = f"""
+                penalty = sum(weight.abs().sum() for weight in model.parameters())
+                {re.search("(.*)  # a second term", ONE_LINERS)[1]}
+                loss.backward()
+"""
 ITEMS = torch.arange(1000)
 RAMP = torch.linspace(-1, 1, 192_000).view(1000, 3, 8, 8)
 PADDED = "(torch.arange(1000) // 100).where(torch.arange(1000) % 3 > 0, -100)"
-STRICT = (  # lerp() takes no two kinds of numbers
-    "lambda outputs, targets, **reduction: "
-    "F.mse_loss(outputs.lerp(targets, 0.0), targets, **reduction)"
-)
-COUNT = "count = torch.numel"
 KEPT = "count = lambda targets: (targets != -100).sum()"
-IN_TENSORS = [("torch.arange(1000) // 100", PADDED), (COUNT, KEPT)]
+IN_TENSORS = [("torch.arange(1000) // 100", PADDED), ("count = torch.numel", KEPT)]
+STRICT = "lambda o, y, **sum: F.mse_loss(o.lerp(y, 0.0), y, **sum)"  # not for bf16
 X, Y, *_ = standardise(make_table(1000))
 
 
@@ -1098,7 +1074,7 @@ def images(saves, rows):
 
 
 def dice(outputs, targets):
-    """Return the loss of the recipe for a whole step."""
+    """Return the recipe's loss over a whole step."""
     return 1 - 2 * (outputs * targets).sum() / (outputs**2 + targets**2).sum()
 
 
@@ -1108,15 +1084,17 @@ DATA = {  # edits, inputs, targets and loss function
     DATASET: ([(", num_workers=2", "")], images, ITEMS % 10, F.cross_entropy),
 }
 TOGETHER = [SCHEDULE, VALIDATION, SAVES]
-RECIPES = [("table", recipes) for recipes in ([VALIDATION], ["bf16"], [WHOLE])]
+RECIPES = [("table", [recipe]) for recipe in (VALIDATION, "bf16", TERM, WHOLE)]
 RECIPES += [(data, TOGETHER) for data in DATA]
-RECIPES += [("table", [*TOGETHER, WHOLE]), (TENSORS, [*TOGETHER, "bf16"])]
+RECIPES += [("table", [*TOGETHER, WHOLE]), (TENSORS, [*TOGETHER, "bf16", TERM])]
 
 
 @parametrize("data, recipes", RECIPES)
 @pytest.mark.filterwarnings("error:.*Disabling")
-def test_recipes_take_the_steps_of_a_plain_loop(every_way, on_a_device, data, recipes):
-    """Also after kills, with whole batches, and over two processes.
+def test_recipes_take_the_steps_of_a_plain_loop(
+    run, resumed, on_a_device, data, recipes
+):
+    """Also with whole batches, after kills, and over two processes.
 
     Validation leaves 900 rows: the last micro-batch has a single row.
     """
@@ -1129,10 +1107,9 @@ def test_recipes_take_the_steps_of_a_plain_loop(every_way, on_a_device, data, re
         flags += ["--epochs=12", "--lr=0.46"]
     if data == DATASET:  # whose random numbers take time
         flags += ["--epochs=1"]
-    tolerance = 1e-3 if "bf16" in recipes else 1e-5
 
     torch.manual_seed(0)
-    validation, training = [], ITEMS
+    training = ITEMS
     if VALIDATION in recipes:
         validation, training = torch.randperm(1000).split([100, 900])
     if data == "table":
@@ -1158,20 +1135,30 @@ def test_recipes_take_the_steps_of_a_plain_loop(every_way, on_a_device, data, re
             if last == best + 5:  # five without a better one
                 break
 
-    if "bf16" not in recipes:
-        on_a_device(script, *flags)
-    for state in every_way(edits, *flags):
+    def judge_file(tolerance):
+        state = torch.load("run.pt")
         assert state["epoch"] == last + 1
         assert_close(weights_in(state), weights_of(saved[last]), tolerance)
-        if VALIDATION in recipes:
-            assert_close(state["best"]["loss"], losses[best], tolerance)
-            assert "validation: torch.int64 (100,), crc32" in state["settings"]
         assert ("rows between saves: 580" in state["settings"]) == (SAVES in recipes)
         assert ("photos, version 3" in state["settings"]) == (data == DATASET)
-    if VALIDATION in recipes:
-        [code] = re.findall(r"`(model\.load_state_dict\([^`]*\))`", README)
-        exec(code)
-        assert_close(weights_of(model), weights_of(saved[best]))
+        if VALIDATION in recipes:
+            assert "validation: torch.int64 (100,), crc32" in state["settings"]
+            assert_close(state["best"]["loss"], losses[best], tolerance)
+            [code] = re.findall(r"`(model\.load_state_dict\([^`]*\))`", README)
+            exec(code)
+            assert_close(weights_of(model), weights_of(saved[best]), tolerance)
+        os.remove("run.pt")
+
+    run(script, *flags, "--batch-size=58", "--accumulation-steps=1")
+    judge_file(1e-5)
+    tolerance = 1e-3 if "bf16" in recipes else 1e-5
+    torch.save(resumed(script, *flags), "run.pt")
+    judge_file(tolerance)
+    if os.name == "posix":
+        run_processes(flags, flags, edits=edits)
+        judge_file(tolerance)
+    if "bf16" not in recipes:
+        on_a_device(script, *flags)
 
 
 def test_masks_are_new_after_each_save_and_the_same_in_both_passes(run):
@@ -1189,30 +1176,11 @@ def test_masks_are_new_after_each_save_and_the_same_in_both_passes(run):
     assert_close(weights_in(torch.load("run.pt")), weights_of(model))
 
 
-def test_freezing_and_a_second_term_take_the_steps_of_a_plain_loop(every_way):
-    text = "\n".join(block for _, block in SECTIONS[ONE_LINE])
-    term, freeze = re.findall("^(.*?) +# (?:a second|freezing)", text, re.MULTILINE)
-    weights = "        for weight in parts['model'][0].parameters():\n"
-    penalty = "sum(weight.abs().sum() for weight in model.parameters())"
-    edits = [
-        (EPOCH, f"{EPOCH}{weights}            {freeze}\n"),
-        (LOSS, f"{LOSS}                {term.replace('penalty', penalty)}\n"),
-    ]
-    flags = ["--epochs=3", "--batch-size=9", "--accumulation-steps=3", "--hidden=3"]
-    torch.manual_seed(0)
-    model = common.make_model(10, 3)
-    _, fetch, y, _ = DATA["table"]
-    train_plainly(model, fetch, y, sizes_in(flags), recipes=[ONE_LINE])
-    for state in every_way(edits, *flags):
-        assert_close(weights_in(state), weights_of(model))
-
-
 @posix
 def test_the_command_for_out_of_memory_ends_with_what_fits():
     script = "import sys; print(sys.argv[2]); exit(int(sys.argv[2]) > 4)"
     pathlib.Path("train_accum.py").write_text(script)
-    [command] = [block for kind, block in SECTIONS[ONE_LINE] if kind == "sh"]
-    command = ["bash", "-c", command.replace("python", sys.executable)]
+    command = ["bash", "-c", SHELL.replace("python", sys.executable)]
     assert subprocess.check_output(command, text=True) == "32\n16\n8\n4\n"
 
 
