@@ -1090,6 +1090,7 @@ RECIPES += [("table", [*TOGETHER, WHOLE]), (TENSORS, [*TOGETHER, "bf16", TERM])]
 
 
 @parametrize("data, recipes", RECIPES)
+@mock.patch("torch.manual_seed", torch.default_generator.manual_seed)  # faster
 @pytest.mark.filterwarnings("error:.*Disabling")
 def test_recipes_take_the_steps_of_a_plain_loop(
     run, resumed, on_a_device, data, recipes
