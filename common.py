@@ -26,9 +26,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# The first optimizer imports this. If it did so after the process group is opened, the
-# default arguments in there would keep the group and its threads alive to the end, and
-# some processes would abort.
+# The first optimizer imports this. Imported after the process group is opened, its
+# default arguments would keep the group's threads alive, and some processes abort.
 import torch.distributed.nn.functional
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -60,7 +59,7 @@ def get_data(args):
     """Return inputs X (rows, n) and targets y (rows, 1), float32, and their scaling.
 
     They are the columns of --data or of make_table(), standardised: (x - mean) / std.
-    The scaling is a dict of "mean" and "std", float64, an entry a column, target last.
+    The scaling is a dict of "mean" and "std", float64, one entry per column.
     """
     table = make_table(args.rows) if args.data is None else read_table(args.data)
     table = torch.from_numpy(table)
@@ -73,12 +72,11 @@ def get_data(args):
 def read_table(path):
     """Return the numbers in a .csv or .npy file, float64 (rows, columns).
 
-    Ends the program if the file is no table, or if its last column, the target, is the
-    same in all rows.
+    Ends the program if the file is no table or its target, the last column, constant.
     """
     try:
         table = np.load(path) if path.lower().endswith(".npy") else read_csv(path)
-        # Complex numbers, dates and texts are of another kind.
+        # "same_kind" refuses complex numbers, dates and text
         table = table.astype(float, casting="same_kind", copy=False)
         if table.ndim != 2 or len(table) == 0 or table.shape[1] < 2:
             raise ValueError(f"rows of 2 or more numbers are needed, not {table.shape}")
@@ -105,7 +103,7 @@ def read_csv(path):
         lines = file if header else itertools.chain([line], file)
         table = np.loadtxt(lines, delimiter=",", quotechar='"', comments=None, ndmin=2)
     if len(table) > 0 and (first[0] == "" or len(first) != table.shape[1]):
-        raise ValueError("a column has no name; leave out the names of the rows")
+        raise ValueError("a column has no name; leave out the row names")
     return table
 
 
@@ -118,10 +116,9 @@ def is_number(text):
 
 
 class Batches(Dataset):
-    """Batches of a dataset of single items: batches[rows], also of no rows.
+    """Batches of a dataset of single items: batches[rows] of a tensor of row numbers.
 
-    `rows` is a tensor of row numbers. `collate_fn` turns a list of items into a batch,
-    for the scripts of inputs and targets.
+    `collate_fn` turns a list of items into a batch, here of inputs and targets.
     """
 
     def __init__(self, dataset, collate_fn=default_collate):
@@ -132,17 +129,18 @@ class Batches(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, rows):
-        items = [self.dataset[row] for row in rows.tolist() or [0]]
+        items = [self.dataset[row] for row in rows.tolist() or [0]]  # never none
         batch = self.collate_fn(items)
         return batch if len(rows) > 0 else tree_map(lambda part: part[:0], batch)
 
 
-def seed_epoch(seed, epoch, rank=0):
+def seed_epoch(seed, epoch, index=0):
     """Seed all random numbers of an epoch: order of rows, dropout, loader's workers.
 
+    `index` is the rank of a process, or the row of an item with random augmentation.
     SeedSequence mixes the three, so that (0, 1, 0) and (1, 0, 0) share nothing.
     """
-    mixed = int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0])
+    mixed = int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])
     torch.manual_seed(mixed)
     np.random.seed(mixed)  # this and the next for your own transforms
     random.seed(mixed)
@@ -210,16 +208,16 @@ def mean_over_processes(value):
 
 @torch.no_grad()
 def mean_loss(args, model, dataset, loss_fn, count=torch.numel, num_workers=0):
-    """Return the mean loss of a dataset by a model in eval(), shared by the processes.
+    """Return the mean loss of a dataset, computed in eval() and shared by processes.
 
     dataset[rows] are inputs and targets; `loss_fn(outputs, targets)` is a mean, and
     `count(targets)` what it divides by. All processes must call this. Leaves each layer
     in train() or eval(), as it was.
     """
     batches = torch.arange(len(dataset)).split(args.batch_size)
-    if dist.is_initialized():  # its own share
+    if dist.is_initialized():  # this process's share
         batches = [rows[dist.get_rank() :: dist.get_world_size()] for rows in batches]
-    own = torch.Generator()  # so that the loader draws no random number of the training
+    own = torch.Generator()  # else the loader draws from the training's random numbers
     loader = DataLoader(
         dataset, None, sampler=batches, num_workers=num_workers, generator=own
     )
@@ -228,7 +226,7 @@ def mean_loss(args, model, dataset, loss_fn, count=torch.numel, num_workers=0):
     loss = n_targets = 0.0
     for inputs, targets in loader:
         n = float(count(targets))
-        if n > 0:  # else its mean is nan: padding only, or no rows
+        if n > 0:  # padding only, or no rows: the mean would be nan
             inputs, targets = inputs.to(args.device), targets.to(args.device)
             loss += loss_fn(model(inputs), targets).item() * n
             n_targets += n
@@ -238,7 +236,7 @@ def mean_loss(args, model, dataset, loss_fn, count=torch.numel, num_workers=0):
 
 
 def peak_memory(device):
-    """Return the most memory used so far, and whose it is, in words."""
+    """Return, as text, the peak memory of the device or of the process."""
     if device.type not in ("cpu", "mps"):  # mps shares the memory of the process
         peak = torch.accelerator.max_memory_allocated(device) / 2**20
         return f"{peak:.0f} MiB of the device"
@@ -310,7 +308,7 @@ def load_checkpoint(args, settings, parts):
     """Load `parts` from the file --checkpoint, if there is one; return the epochs done.
 
     With several processes, all get what rank 0 reads. Ends the program, before anything
-    is loaded, if the settings of the file or of a process are not the same.
+    is loaded, if the settings of the file or of a process differ.
     """
     check_processes(args, settings)
     states = [read_checkpoint(args.checkpoint)]
@@ -334,12 +332,12 @@ def refuse_changes(whose, old, new):
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm="")
     changes = [line[0] + line[1:].strip() for line in lines if line[0] in "-+"]
     if changes:
-        changes[:2] = [f"error: settings of {whose} differ:"]  # not the names of files
+        changes[:2] = [f"error: settings of {whose} differ:"]  # replaces a header
         sys.exit("\n".join(changes))
 
 
 def read_checkpoint(path):
-    """Return the dict in a file, None if there is none, or a text: why it is no use."""
+    """Return the dict in a file, None without a file, or a text that says its fault."""
     if path is None:
         return None
     try:
@@ -392,7 +390,7 @@ def save_checkpoint(args, settings, parts, epochs, **more):
         )
     except OSError as error:
         sys.exit(f"{fault}: {error}")
-    except RuntimeError as error:  # torch's: the system's is behind it
+    except RuntimeError as error:  # torch's; the system's is its context
         sys.exit(f"{fault}: {error.__context__ or error}")
     finally:
         if os.path.exists(temporary):
@@ -421,20 +419,16 @@ def parse_args(argv, description, *, batch_size, accumulation_steps=None):
         text += f" (default: {default})"
         to.add_argument(flag, type=type(default), default=default, help=text)
 
-    source.add_argument(
-        "--data",
-        help="a .csv or .npy file of numbers, with the target in the last column",
-    )
+    text = "a .csv or .npy file of numbers, with the target in the last column"
+    source.add_argument("--data", help=text)
     add("--rows", 1000, "rows of synthetic data", to=source)
     add("--hidden", 0, "ReLU units in a hidden layer; 0: a linear model")
-    text = "rows computed at once, over all processes; lower it to save memory"
-    add("--batch-size", batch_size, text)
+    add("--batch-size", batch_size, "rows computed at once; lower it to save memory")
     if accumulation_steps is not None:
         add("--accumulation-steps", accumulation_steps, "micro-batches in a step")
     add("--epochs", 10, "passes over the rows, finished ones included")
     add("--lr", 0.01, "learning rate; lower it if the loss grows")
-    text = "seeds the first weights, order of the rows, dropout and loader's workers"
-    add("--seed", 0, text)
+    add("--seed", 0, "seeds the first weights, order of rows, dropout and workers")
     add("--log-every", 10, "print the loss every N steps; 0: never")
     parser.add_argument(
         "--device",

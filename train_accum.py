@@ -8,7 +8,7 @@ These commands take the same steps:
 
 A step is one optimizer.step(). Here several micro-batches make one step: each adds the
 gradient of (sum of its losses) / (number of targets in the step). Together that is the
-gradient of the step's mean loss, also if the last micro-batch is short.
+gradient of the step's mean loss, even if the last micro-batch is short.
 
 For one process, the lines marked "# processes" can be deleted.
 """
@@ -33,8 +33,8 @@ def main(argv=None):
     model = common.make_model(X.shape[1], args.hidden).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     loss_fn = F.mse_loss
-    count = torch.numel  # of targets: what this loss's mean divides by
-    # whatever has a state belongs here: a scheduler, an EMA, a second optimizer, ...
+    count = torch.numel  # count(targets) is what this loss's mean divides by
+    # anything with a state_dict() belongs here: scheduler, EMA, second optimizer, ...
     parts = {"model": model, "optimizer": optimizer}
     settings = common.get_settings(args, parts, dataset, X, y)
     first_epoch = common.load_checkpoint(args, settings, parts)
@@ -46,11 +46,10 @@ def main(argv=None):
         common.seed_epoch(args.seed, epoch)
         batches = torch.randperm(len(dataset)).split(args.batch_size)
         batches = [rows[rank::world_size] for rows in batches]  # processes: own share
-        # processes: all draw the same order, but each its own dropout masks
-        if rank > 0:  # processes
+        if rank > 0:  # processes: the same order for all, but dropout masks of its own
             common.seed_epoch(args.seed, epoch, rank)  # processes
-        # batch_size=None fetches a batch at once, as dataset[rows]; a Dataset of single
-        # items becomes one of batches by common.Batches
+        # batch_size=None fetches dataset[rows], a whole batch; wrap a Dataset of single
+        # items in common.Batches
         loader = iter(DataLoader(dataset, batch_size=None, sampler=batches))
         step = 0
         while micro_batches := list(islice(loader, args.accumulation_steps)):
@@ -60,9 +59,7 @@ def main(argv=None):
             losses = []
             optimizer.zero_grad()
             for i, (inputs, targets) in enumerate(micro_batches):
-                # processes: reduce gradients only with the last micro-batch of a step,
-                # processes: as `with model.no_sync():` around the others would do
-                if world_size > 1:  # processes
+                if world_size > 1:  # processes: reduce once per step, as with no_sync()
                     last = i + 1 == len(micro_batches)  # processes
                     model.require_backward_grad_sync = last  # processes
                 inputs, targets = inputs.to(args.device), targets.to(args.device)
@@ -75,7 +72,7 @@ def main(argv=None):
                 step_loss = common.mean_over_processes(step_loss)  # processes
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {step_loss:.6f}")
             step += 1
-        # a scheduler that steps once per epoch steps here, before the save
+        # a scheduler that steps once per epoch belongs here, before the save
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
     common.print_end(args, parts["model"], dataset, loss_fn, start, count=count)
     return parts["model"]

@@ -24,7 +24,7 @@ def main(argv=None):
     model = common.make_model(X.shape[1], args.hidden).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     loss_fn = F.mse_loss
-    # whatever has a state belongs here: a scheduler, an EMA, a second optimizer, ...
+    # anything with a state_dict() belongs here: scheduler, EMA, second optimizer, ...
     parts = {"model": model, "optimizer": optimizer}
     settings = common.get_settings(args, parts, dataset, X, y)
     first_epoch = common.load_checkpoint(args, settings, parts)
@@ -43,7 +43,7 @@ def main(argv=None):
             optimizer.step()
             if args.log_every and step % args.log_every == 0:
                 print(f"Epoch: {epoch + 1}, Step: {step + 1}, Loss: {loss:.6f}")
-        # a scheduler that steps once per epoch steps here, before the save
+        # a scheduler that steps once per epoch belongs here, before the save
         common.save_checkpoint(args, settings, parts, epoch + 1, **scaling)
     common.print_end(args, parts["model"], dataset, loss_fn, start)
     return parts["model"]
