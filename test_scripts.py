@@ -1170,10 +1170,10 @@ def test_masks_are_new_after_each_save_and_the_same_in_both_passes(run):
 
 @posix
 def test_the_command_for_out_of_memory_ends_with_what_fits():
-    script = "import sys; print(sys.argv[2]); exit(int(sys.argv[2]) > 4)"
+    script = "import sys; print(*sys.argv[2:5:2]); exit(int(sys.argv[2]) > 4)"
     pathlib.Path("train_accum.py").write_text(script)
     command = ["bash", "-c", SHELL.replace("python", sys.executable)]
-    assert subprocess.check_output(command, text=True) == "32\n16\n8\n4\n"
+    assert subprocess.check_output(command, text=True) == "32 1\n16 2\n8 4\n4 8\n"
 
 
 def test_the_flags_of_each_command_are_right():
