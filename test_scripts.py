@@ -659,6 +659,9 @@ def test_data_of_any_type_are_compared(monkeypatch):
     numbers = torch.arange(2.0).bfloat16()
     texts = {common.describe(data) for data in (numbers, numbers.flip(0), *numbers)}
     assert len(texts) == 4
+    long = torch.zeros(99_999)
+    other = long.index_fill(0, torch.tensor(99_998), 1)
+    assert common.describe(long) != common.describe(other)
     text = common.describe(numbers)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.flip(0))
     assert common.describe(numbers.flip(0)) == text
