@@ -971,6 +971,7 @@ def test_scripts_for_one_process_refuse_several(run, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")  # left over, without torchrun
     judge(run(train_accum))
+    monkeypatch.setattr(sys, "argv", ["", "--epochs=0"])  # not those of main([])
     for script in (train_basic, train_manual):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
         with pytest.raises(SystemExit, match="error: this script is for one process"):
