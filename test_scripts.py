@@ -694,6 +694,7 @@ for rows in (1, 2**20):
 # ---- checkpoint
 def save(model, epochs=1, **parts):
     args = types.SimpleNamespace(checkpoint="run.pt")
+    common.seed_epoch(0, 0)  # which no temporary name depends on
     common.save_checkpoint(args, "settings", {"model": model, **parts}, epochs)
 
 
