@@ -129,7 +129,7 @@ class Batches(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, rows):
-        items = [self.dataset[row] for row in rows.tolist() or [0]]  # never none
+        items = [self.dataset[row] for row in rows.tolist() or [0]]  # none: cut below
         batch = self.collate_fn(items)
         return batch if len(rows) > 0 else tree_map(lambda part: part[:0], batch)
 
