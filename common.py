@@ -72,7 +72,7 @@ def get_data(args):
 def read_table(path):
     """Return the numbers in a .csv or .npy file, float64 (rows, columns).
 
-    Ends the program if the file is no table or its target, the last column, constant.
+    Ends the program if it is no table, or if the target, its last column, is constant.
     """
     try:
         table = np.load(path) if path.lower().endswith(".npy") else read_csv(path)

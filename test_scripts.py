@@ -1062,6 +1062,9 @@ RAMP = torch.linspace(-1, 1, 192_000).view(1000, 3, 8, 8)
 PADDED = "(torch.arange(1000) // 100).where(torch.arange(1000) % 3 > 0, -100)"
 KEPT = "count = lambda targets: (targets != -100).sum()"
 IN_TENSORS = [("torch.arange(1000) // 100", PADDED), ("count = torch.numel", KEPT)]
+SEVERAL = torch.arange(10) * ITEMS.view(-1, 1) / 9000  # targets of a row
+IN_A_DATASET = [("row % 10", "torch.arange(10) * row / 9000")]
+IN_A_DATASET += [("cross_entropy", "mse_loss"), (", num_workers=2", "")]
 STRICT = "lambda o, y, **sum: F.mse_loss(o.lerp(y, 0.0), y, **sum)"  # not for bf16
 X, Y, *_ = standardise(make_table(1000))
 
@@ -1083,7 +1086,7 @@ def dice(outputs, targets):
 DATA = {  # edits, inputs, targets and loss function
     "table": ([("F.mse_loss", STRICT)], lambda _, rows: X[rows], Y, F.mse_loss),
     TENSORS: (IN_TENSORS, lambda _, rows: RAMP[rows], eval(PADDED), F.cross_entropy),
-    DATASET: ([(", num_workers=2", "")], images, ITEMS % 10, F.cross_entropy),
+    DATASET: (IN_A_DATASET, images, SEVERAL, F.mse_loss),
 }
 TOGETHER = [SCHEDULE, VALIDATION, SAVES]
 RECIPES = [("table", [recipe]) for recipe in (VALIDATION, "bf16", WHOLE)]
