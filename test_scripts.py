@@ -10,6 +10,7 @@ are compared with those of the scripts, and of copies with the README's recipes.
 import argparse
 import contextlib
 import copy
+import inspect
 import io
 import json
 import multiprocessing
@@ -33,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from numpy.testing import assert_allclose, assert_equal
 from torch import nn
-from torch.distributed import PrefixStore
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import common
@@ -55,9 +56,9 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes started from here
 
 # All flags are given, so that a changed default fails only where a script has no flags.
-FLAGS = ["--hidden=0", "--epochs=2", "--lr=0.05", "--seed=0", "--log-every=1"]
-FLAGS += ["--device=cpu", "--checkpoint=run.pt", "--batch-size=32"]
-SPLIT_FLAGS = [*FLAGS, "--batch-size=8", "--accumulation-steps=4"]
+FLAGS = "--hidden=0 --epochs=2 --lr=0.05 --seed=0 --log-every=1 --device=cpu "
+FLAGS += "--checkpoint=run.pt --batch-size=32"
+SPLIT = "--batch-size=8 --accumulation-steps=4"
 
 MODEL_AND_LOSS = "Your own model and loss"
 TENSORS = "Your own tensors or table, and a prediction"
@@ -88,10 +89,9 @@ def standardise(table):
 
 def sizes_in(flags):
     """Return the numbers in FLAGS and in some flags; the last one of a name counts."""
-    flags = ["--rows=1000", "--accumulation-steps=1", *FLAGS, *flags]
-    found = re.findall(r"--(\S+)=([\d.]+)", " ".join(flags))
-    sizes = {name.replace("-", "_"): json.loads(number) for name, number in found}
-    return types.SimpleNamespace(**sizes)
+    flags = f"--rows=1000 --accumulation-steps=1 {FLAGS} {flags}".replace("-", "_")
+    found = re.findall(r"__(\w+)=([\d.]+)", flags)
+    return types.SimpleNamespace(**{name: json.loads(text) for name, text in found})
 
 
 def train_plainly(model, fetch, y, sizes, loss_fn=F.mse_loss, recipes=()):
@@ -143,7 +143,7 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def judge(text, *flags, table=None, offset=0, done=0, file="run.pt"):
+def judge(text, flags="", table=None, offset=0, done=0, file="run.pt"):
     """Compare what a run printed, and its file, with the judge.
 
     `done` epochs came before; an `offset` of the table must not matter.
@@ -153,9 +153,8 @@ def judge(text, *flags, table=None, offset=0, done=0, file="run.pt"):
     torch.manual_seed(sizes.seed)
     model = nn.Linear(X.shape[1], 1)
     expected, _ = train_plainly(model, lambda _, rows: X[rows], y, sizes)
-    expected = np.reshape(expected, (-1, 3))
     steps, loss = read(text)
-    assert_close(steps, expected[expected[:, 0] > done], 2e-5)
+    assert_close(steps, [step for step in expected if step[0] > done], 2e-5)
     assert_close(loss, F.mse_loss(model(X), y).item(), 2e-5)
     if file is not None:
         state = torch.load(file)
@@ -169,7 +168,7 @@ def read(text):
     """Return the steps (epoch, step, loss) and the last loss that a run printed."""
     steps = re.findall(r"Epoch: (\d+), Step: (\d+), Loss: ([\d.]+)", text)
     [loss] = re.findall(r"Loss of all rows: ([\d.]+)", text)
-    return np.array(steps, dtype=float).reshape(-1, 3), float(loss)
+    return np.array(steps, dtype=float), float(loss)
 
 
 def weights_of(model):
@@ -192,52 +191,49 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def run(capsys):
-    """Return a function that runs a script's main() here and returns what it prints."""
-
-    def run(script, *flags):
-        accum = script.__name__ == "train_accum"
-        script.main([*(SPLIT_FLAGS if accum else FLAGS), *flags])
-        return capsys.readouterr().out
-
-    return run
+def main(script, flags=""):
+    """Run a script's main() here and return the model."""
+    split = SPLIT if script.__name__ == "train_accum" else ""
+    return script.main(f"{FLAGS} {split} {flags}".split())
 
 
-@pytest.fixture
-def resumed(run, monkeypatch):
-    """Return a function that checks: a run killed after each epoch ends the same."""
+def run(script, flags=""):
+    """Run a script's main() here and return what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main(script, flags)
+    return out.getvalue()
+
+
+def resume(script, flags):
+    """Check that a run killed after each epoch ends the same; return its checkpoint."""
     save_checkpoint = common.save_checkpoint
 
     def save_and_die(*args, **more):
         save_checkpoint(*args, **more)
         raise KeyboardInterrupt
 
-    def resumed(script, *flags):
-        flags = ["--epochs=3", *flags]
-        whole = read(run(script, *flags))
-        state = torch.load("run.pt")
-        os.remove("run.pt")
-        with monkeypatch.context() as patch:
-            patch.setattr(common, "save_checkpoint", save_and_die)
+    flags = f"--epochs=3 {flags}"
+    whole = read(run(script, flags))
+    state = torch.load("run.pt")
+    os.remove("run.pt")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        with mock.patch.object(common, "save_checkpoint", save_and_die):
             for _ in range(state["epoch"] - 1):
                 with pytest.raises(KeyboardInterrupt):
-                    run(script, *flags)
-        for found, expected in zip(read(run(script, *flags)), whole):
-            assert_equal(found, expected)
-        lists = json.JSONEncoder(default=torch.Tensor.tolist).encode
-        assert lists(torch.load("run.pt")) == lists(state)
-        os.remove("run.pt")
-        return state
-
-    return resumed
+                    main(script, flags)
+        main(script, flags)
+    for found, expected in zip(read(out.getvalue()), whole):
+        assert_equal(found, expected)
+    lists = json.JSONEncoder(default=torch.Tensor.tolist).encode
+    assert lists(torch.load("run.pt")) == lists(state)
+    os.remove("run.pt")
+    return state
 
 
 def edited(script, *edits):
     """Return a copy of a script in which old lines are replaced with new ones."""
-    text = pathlib.Path(script.__file__).read_text(encoding="utf-8")
     copied = types.ModuleType(script.__name__)
-    exec(replaced(text, *edits), copied.__dict__)
+    exec(replaced(inspect.getsource(script), *edits), copied.__dict__)
     return copied
 
 
@@ -258,8 +254,8 @@ def test_smoke_each_script_runs_without_flags():
     with ThreadPoolExecutor() as pool:
         texts = list(pool.map(start, [script.__file__ for script in SCRIPTS]))
     for text, size in zip(texts, [32, 8 * 4, 16]):
-        flags = ["--epochs=10", "--lr=0.01", "--log-every=10", f"--batch-size={size}"]
-        judge(text, *flags, file=None)
+        flags = f"--epochs=10 --lr=0.01 --log-every=10 --batch-size={size}"
+        judge(text, flags, file=None)
     assert files() == {}
 
 
@@ -276,7 +272,7 @@ def test_the_lines_of_a_run_come_at_once(monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
     monkeypatch.setattr(sys, "stdout", output)
     np.savetxt("表.csv", make_table(7), delimiter=",")
-    train_accum.main([*SPLIT_FLAGS, "--data=表.csv", "--epochs=1"])
+    main(train_accum, "--data=表.csv --epochs=1")
     expected = (
         r"\\u8868.csv: line 1 is a row of numbers\n"
         "7 rows, 8 x 4 per step, 1 steps per epoch, 0 of 1 epochs done; cpu, "
@@ -294,25 +290,25 @@ SPLITS += [(script, size, 1) for script in SCRIPTS for size in (5, 32, 400)]
 
 @parametrize("rows", [1, 2, 31, 32, 33, 1037])
 @parametrize("script, size, steps", SPLITS)
-def test_each_split_takes_the_steps_of_the_judge(run, script, size, steps, rows):
-    flags = ["--seed=7", "--lr=0.04", "--epochs=3", f"--log-every={rows % 4}"]
-    flags += [f"--rows={rows}", f"--batch-size={size}"]
+def test_each_split_takes_the_steps_of_the_judge(script, size, steps, rows):
+    flags = f"--seed=7 --lr=0.04 --epochs=3 --log-every={rows % 4} --rows={rows} "
+    flags += f"--batch-size={size}"
     if script is train_accum:
-        flags += [f"--accumulation-steps={steps}"]
-    judge(run(script, *flags), *flags)
+        flags += f" --accumulation-steps={steps}"
+    judge(run(script, flags), flags)
 
 
 @posix
-def test_a_script_resumes_from_the_file_of_another(run):
+def test_a_script_resumes_from_the_file_of_another():
     os.symlink("run.pt", "link.pt")
     for done, script in enumerate([*SCRIPTS, train_basic]):
-        flags = ["--rows=100", "--checkpoint=link.pt", f"--epochs={min(done + 1, 3)}"]
-        judge(run(script, *flags), *flags, done=done)
+        flags = f"--rows=100 --checkpoint=link.pt --epochs={min(done + 1, 3)}"
+        judge(run(script, flags), flags, done=done)
     assert os.path.islink("link.pt")
 
 
 @each_script
-def test_no_more_rows_than_the_batch_size_at_once(run, monkeypatch, script):
+def test_no_more_rows_than_the_batch_size_at_once(monkeypatch, script):
     fetched, computed, firsts = [], [], []
     means = mock.Mock(side_effect=float)
 
@@ -326,12 +322,11 @@ def test_no_more_rows_than_the_batch_size_at_once(run, monkeypatch, script):
 
     monkeypatch.setattr(TensorDataset, "__getitem__", fetch)
     monkeypatch.setattr(common, "mean_over_processes", means)
-    with nn.modules.module.register_module_forward_pre_hook(watch):
-        run(script, "--rows=100", "--batch-size=30", "--epochs=2", "--log-every=0")
+    with register_module_forward_pre_hook(watch):
+        run(script, "--rows=100 --batch-size=30 --epochs=2 --log-every=0")
     assert fetched == computed == [30, 30, 30, 10] * 3  # also for the last line
-    accum = script is train_accum
-    assert sum(firsts) == (2 if accum else 8)  # no gradient of the step before is left
-    assert means.call_count == (4 if accum else 2)
+    counts = sum(firsts), means.call_count  # no gradient of the step before is left
+    assert counts == ((2, 4) if script is train_accum else (8, 2))
 
 
 def most_tensors_kept(train, *arguments):
@@ -350,46 +345,40 @@ def most_tensors_kept(train, *arguments):
     return max(numbers)
 
 
-def test_accumulation_keeps_the_tensors_of_a_single_micro_batch(run):
+def test_accumulation_keeps_the_tensors_of_a_single_micro_batch():
     """Also in the README's loop. The judge's batches have their size."""
     _, fetch, y, _ = DATA["table"]
-    plain = fetch, y[:80], sizes_in(["--batch-size=8"])
+    plain = fetch, y[:80], sizes_in("--batch-size=8")
     most = most_tensors_kept(train_plainly, common.make_model(10, 3), *plain)
     for steps in (1, 9):
         edits = [("range(10)", "range(1)"), ("steps = 4", f"steps = {steps}")]
         block = replaced(LOOP, (LINEAR, "common.make_model(10, 3)"), *edits)
         assert most_tensors_kept(exec, block, {"common": common}) == most
-        flags = ["--hidden=3", f"--accumulation-steps={steps}"]
-        flags += [f"--checkpoint={steps}.pt"]
-        assert most_tensors_kept(run, train_accum, *flags) == most
+        flags = f"--hidden=3 --accumulation-steps={steps} --checkpoint={steps}.pt"
+        assert most_tensors_kept(run, train_accum, flags) == most
 
 
 @parametrize("batch_size, workers", [(70, 0), (30, 1), (1, 0)])
 def test_mean_loss_is_exact_and_changes_nothing(batch_size, workers):
     """With class weights and padding, in pieces that may be padding only."""
-    model = nn.Sequential(nn.BatchNorm1d(9).eval(), nn.Dropout(), nn.Linear(9, 5))
-    model.register_forward_hook(
-        lambda *_: graphs.append(
-            torch.is_grad_enabled() or torch.is_inference_mode_enabled()
-        )
-    )
+    model = nn.Sequential(nn.Dropout(), nn.Linear(9, 5).eval())
+    outputs = []
+    model.register_forward_hook(lambda *call: outputs.append(call[-1]))
     data = TensorDataset(torch.randn(70, 9), torch.arange(70) % 6 - 1)
     weight = torch.arange(1.0, 6)
     loss_fn = nn.CrossEntropyLoss(weight, ignore_index=-1)
-    graphs = []
 
     def count(targets):
         return weight[targets[targets >= 0]].sum()
 
     args = types.SimpleNamespace(batch_size=batch_size, device="cpu")
-    before = torch.get_rng_state().tolist()
-    batches = common.Batches(data)
+    before = torch.get_rng_state()
     with mock.patch.object(common, "DataLoader", wraps=DataLoader) as loader:
-        loss = common.mean_loss(args, model, batches, loss_fn, count, workers)
+        loss = common.mean_loss(args, model, data, loss_fn, count, workers)
     assert loader.call_args.kwargs["num_workers"] == workers
-    assert torch.get_rng_state().tolist() == before
-    assert [layer.training for layer in model] == [False, True, True]
-    assert not any(graphs)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [layer.training for layer in model] == [True, False]
+    assert not any(part.requires_grad or part.is_inference() for part in outputs)
     X, y = data.tensors
     assert_close(loss, loss_fn(model.eval()(X), y).item())
 
@@ -435,7 +424,6 @@ YOUR_OWN = [
 ]
 COPIES = {
     "as it is": [],
-    "three hidden units": [(MODEL, MODEL.replace("args.hidden", "3"))],  # as --hidden=3
     "a frozen layer": [(MODEL, FROZEN)],
     "freezing": [(MODEL, MODEL.replace("args.hidden", "3")), (EPOCH, EPOCH + FREEZE)],
     "dropout": [DROPOUT],
@@ -444,13 +432,12 @@ COPIES = {
 
 
 @parametrize("edits", COPIES.values(), ids=COPIES.keys())
-def test_a_copy_takes_the_same_steps_and_resumes(resumed, on_a_device, edits):
+def test_a_copy_takes_the_same_steps_and_resumes(edits):
     scripts = [edited(script, *edits) for script in SCRIPTS]
-    text = pathlib.Path(train_accum.__file__).read_text(encoding="utf-8")
-    marked = [(f"{line}\n", "") for line in text.splitlines() if "# processes" in line]
-    scripts.append(edited(train_accum, *marked, *edits))
+    marked = re.findall(".*# processes.*\n", inspect.getsource(train_accum))
+    scripts.append(edited(train_accum, *((line, "") for line in marked), *edits))
     assert not {"rank", "world_size"} & set(scripts[-1].main.__code__.co_varnames)
-    states = [resumed(script, "--rows=237") for script in scripts]
+    states = [resume(script, "--rows=237") for script in scripts]
     basic, accum, manual, unmarked = map(weights_in, states)
     assert_equal(unmarked, accum)
     if DROPOUT in edits:  # with masks of their own
@@ -460,7 +447,7 @@ def test_a_copy_takes_the_same_steps_and_resumes(resumed, on_a_device, edits):
         assert_close(accum, basic)
     for script, state in zip(scripts, states):
         assert state["model"].get("0.num_batches_tracked", 0) == 0
-        on_a_device(script, "--rows=237")
+        run_on_a_device(script, "--rows=237")
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -473,31 +460,28 @@ class Numbers(torch.utils.data.Dataset):
 
 @posix
 @parametrize("workers", [0, 1])
-def test_random_numbers_of_a_loader_are_the_same_again(resumed, workers):
+def test_random_numbers_of_a_loader_are_the_same_again(workers):
     loader = ("(dataset, batch_size", f"(Numbers(), num_workers={workers}, batch_size")
     script = edited(train_basic, loader)
     script.Numbers = Numbers
-    resumed(script, "--rows=32")
+    resume(script, "--rows=32")
 
 
 def test_an_epoch_has_random_numbers_of_its_own_and_the_same_again():
-    numbers = []
-    for where in [(0, 1), (0, 1, 0), (1, 0), (0, 2), (0, 1, 1), (0, 2, 1)]:
-        common.seed_epoch(*where)
-        numbers.append({torch.rand(1).item(), np.random.rand(), random.random()})
+    numbers = set()
     with mock.patch("torch.cuda.manual_seed_all") as seed_gpus:
-        common.seed_epoch(0, 1)
-    seed_gpus.assert_called_with(seed_of(0, 1))
-    first, again, *others = numbers
-    assert first == again
-    assert len(first.union(*others)) == 5 * 3
+        for where in [(0, 1), (0, 1, 0), (1, 0), (0, 2), (0, 1, 1), (0, 2, 1)]:
+            common.seed_epoch(*where)
+            numbers |= {torch.rand(1).item(), np.random.rand(), random.random()}
+    seed_gpus.assert_called_with(seed_of(*where))
+    assert len(numbers) == 5 * 3  # the first two are the same
 
 
 def test_main_runs_in_a_thread_of_a_notebook_and_returns_the_model():
     handlers = list(map(signal.getsignal, signal.valid_signals()))
-    with contextlib.redirect_stdout(io.StringIO()), ThreadPoolExecutor() as pool:
-        for script, flags in zip(SCRIPTS, [FLAGS, SPLIT_FLAGS, FLAGS]):
-            model = pool.submit(script.main, flags).result()
+    with ThreadPoolExecutor() as pool:
+        for script in SCRIPTS:
+            model = pool.submit(main, script).result()
             assert_equal(weights_of(model), weights_in(torch.load("run.pt")))
             assert not model.training
         [call] = re.findall(r"`(train_accum\.main\([^`]*\))`", README)
@@ -514,7 +498,7 @@ FORMS += [("a.csv", "inf,trt,nan,y"), pytest.param("pipe", "a,b,c,d", marks=posi
 
 
 @parametrize("name, header", FORMS)
-def test_a_file_of_any_form_is_the_same_table(run, name, header):
+def test_a_file_of_any_form_is_the_same_table(name, header):
     data = pathlib.Path(name)
     table = SHIFTED + OFFSET
     if header is None:
@@ -624,7 +608,7 @@ def files():
 
 @parametrize("content, flags, said", REFUSED)
 @pytest.mark.filterwarnings("ignore:loadtxt")
-def test_what_must_not_run_is_refused(run, capsys, monkeypatch, content, flags, said):
+def test_what_must_not_run_is_refused(capsys, monkeypatch, content, flags, said):
     """The error is one line, maybe with a diff; nothing is loaded or changed."""
     if isinstance(content, str):
         pathlib.Path("t.csv").write_text(content)
@@ -641,9 +625,8 @@ def test_what_must_not_run_is_refused(run, capsys, monkeypatch, content, flags, 
     before = files()
     monkeypatch.delattr(nn.Module, "load_state_dict")
     monkeypatch.delattr(torch.optim.Optimizer, "load_state_dict")
-    believe_in(2, monkeypatch)
-    with pytest.raises(SystemExit) as end:
-        run(train_accum, *flags.split())
+    with believe_in(2), pytest.raises(SystemExit) as end:
+        run(train_accum, flags)
     error = capsys.readouterr().err + str(end.value)
     assert re.search(said, error, re.MULTILINE)
     assert re.fullmatch(r"usage: (.|\n)*\n2|error: .*(\n[-+].*)*", error)
@@ -652,23 +635,20 @@ def test_what_must_not_run_is_refused(run, capsys, monkeypatch, content, flags, 
 
 
 @parametrize("name", ["epoch", "settings", "mean"])
-def test_a_part_cannot_have_the_name_of_something_else(run, name):
+def test_a_part_cannot_have_the_name_of_something_else(name):
     script = edited(train_basic, (PARTS, PARTS + f"    parts['{name}'] = optimizer\n"))
     with pytest.raises(TypeError, match=name):
         run(script)
     assert files() == {}
 
 
-def test_data_of_any_type_are_compared(monkeypatch):
-    numbers = torch.arange(2.0).bfloat16()
-    texts = {common.describe(data) for data in (numbers, numbers.flip(0), *numbers)}
-    assert len(texts) == 4
-    long = torch.zeros(99_999)
-    other = long.index_fill(0, torch.tensor(99_998), 1)
-    assert common.describe(long) != common.describe(other)
-    text = common.describe(numbers)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor.flip(0))
-    assert common.describe(numbers.flip(0)) == text
+def test_data_of_any_type_are_compared_to_the_end():
+    data = (torch.arange(100_000) % 2).bfloat16()
+    other = torch.cat([data[:-2], data[-2:].flip(0)])
+    texts = [common.describe(tensor) for tensor in (data, other, data[:1], data[0])]
+    assert len(set(texts)) == 4
+    with mock.patch("torch.Tensor.cpu", lambda tensor: tensor.flip(0)):
+        assert common.describe(data.flip(0)) == texts[0]
 
 
 def test_peak_memory_is_what_the_system_or_the_device_counts(monkeypatch):
@@ -733,8 +713,7 @@ def test_what_cannot_be_saved_is_reported_and_changes_no_file(fault):
     """A whole number limits the size of files, in bytes; torch or Python reports it."""
     model = nn.Linear(9999, 1)
     model.weight.data.fill_(3e38)  # finite, but the sum would overflow
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    save(model, optimizer=optimizer)
+    save(model)
     before = files()
     said = "run.pt: epoch 2 is not saved: a state_dict"
     with contextlib.ExitStack() as stack:
@@ -747,16 +726,16 @@ def test_what_cannot_be_saved_is_reported_and_changes_no_file(fault):
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault, limits[1]))
-        else:
-            optimizer.param_groups[0]["lr"] = fault
         with pytest.raises(SystemExit, match=said):
-            save(model, epochs=2, optimizer=optimizer)
+            save(model, epochs=2, log=common.State(fault=fault))
     assert files() == before
 
 
-def test_a_file_from_a_gpu_is_loaded_without_one(run, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+on_a_gpu = mock.patch("torch.serialization.location_tag", lambda storage: "cuda:0")
+
+
+def test_a_file_from_a_gpu_is_loaded_without_one():
+    with on_a_gpu:
         run(train_basic, "--epochs=1")
     with pytest.raises(RuntimeError, match="CUDA"):
         torch.load("run.pt")
@@ -772,39 +751,40 @@ DEVICES = [  # accelerators, processes, --device, what the second process gets
     (2, 2, "auto", "cuda:1"),
     (2, 2, "cuda", "cuda:1"),
     (2, 1, "cuda:1", "cuda:1"),
-    (1, 2, "cuda", None),
+    (1, 2, "cuda", "cuda:1 is not here, only cpu, cuda:0"),  # rather than the CPU
 ]
 
 
-def believe_in(count, monkeypatch):
-    """Let torch see N GPUs."""
+def believe_in(count):
+    """Let torch see N GPUs, until the end of a with block."""
     device = torch.device("cuda") if count > 0 else None
-    accelerator = torch.accelerator
-    monkeypatch.setattr(accelerator, "device_count", lambda: count)
-    monkeypatch.setattr(accelerator, "current_accelerator", lambda **_: device)
+    return mock.patch.multiple(
+        torch.accelerator,
+        device_count=lambda: count,
+        current_accelerator=lambda **_: device,
+    )
 
 
 @parametrize("count, processes, name, device", DEVICES)
 def test_a_process_picks_its_device(monkeypatch, count, processes, name, device):
-    believe_in(count, monkeypatch)
     monkeypatch.setenv("LOCAL_RANK", "1")  # left over, if there is one process
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     if processes > 1:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    if device is None:  # rather an error than another device
-        with pytest.raises(argparse.ArgumentTypeError, match="cuda:1 is not here"):
-            common.pick_device(name)
-    else:
-        assert common.pick_device(name) == torch.device(device)
+    with believe_in(count):
+        try:
+            found = str(common.pick_device(name))
+        except argparse.ArgumentTypeError as error:
+            found = str(error)
+    assert found == device
 
 
+@mock.patch.dict(os.environ, TORCHELASTIC_RUN_ID="1", GROUP_WORLD_SIZE="2")
 def test_a_process_joins_with_its_own_device_and_prints_nothing(monkeypatch):
     calls = []
-    monkeypatch.setattr(sys, "stdout", sys.stdout)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.accelerator, "set_device_index", calls.append)
     dist = common.dist
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", calls.append)
     monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(None, 1, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda **x: calls.append(set(x)))
     monkeypatch.setattr(common.atexit, "register", calls.append)
@@ -816,65 +796,57 @@ def test_a_process_joins_with_its_own_device_and_prints_nothing(monkeypatch):
     assert args.checkpoint is None
 
 
-@pytest.fixture
-def on_a_device(run, monkeypatch):
-    """Return a function that trains where a tensor left on the CPU is an error."""
-    numbered = mock.patch.object(torch.Tensor, "item", lambda _: 1.0)
+def run_on_a_device(script, flags):
+    """Train where a tensor left on the CPU is an error."""
 
     def check(args, settings, parts, *_, **more):
         assert "meta" not in settings
         assert all(weight.is_meta for weight in parts["model"].parameters())
 
-    def on_a_device(script, *flags):
-        with monkeypatch.context() as patch:
-            patch.setattr(common, "pick_device", lambda name: torch.device("meta"))
-            patch.setattr(common, "mean_loss", numbered(common.mean_loss))
-            patch.setattr(common, "peak_memory", str)  # any text will do
-            patch.setattr(common, "save_checkpoint", check)
-            run(script, *flags, "--log-every=0")
-
-    return on_a_device
+    numbered = mock.patch.object(torch.Tensor, "item", lambda _: 1.0)
+    with mock.patch.multiple(
+        common,
+        pick_device=lambda name: torch.device("meta"),
+        mean_loss=numbered(common.mean_loss),
+        peak_memory=str,  # any text will do
+        save_checkpoint=check,
+    ):
+        run(script, f"{flags} --log-every=0")
 
 
 def worker(folder, processes, edits):
     """Run train_accum.py as one process of several; return what it did and printed."""
-    facts = types.SimpleNamespace(reductions=0, wrapped=0, seeds=set(), prefix=None)
+    facts = types.SimpleNamespace(wrapped=0, seeds=set())
     facts.rows = [0, 0]  # in eval() and in train()
+    reduce = mock.create_autospec(allreduce_hook, side_effect=allreduce_hook)
+    store = torch.distributed.PrefixStore = mock.Mock(wraps=common.dist.PrefixStore)
 
     def count_rows(layer, inputs):
         facts.rows[layer.training] += len(inputs[0])
         if layer.training:
-            numpy_seed = np.random.get_state()[1][1]
-            python_seed = random.getstate()[1][1]
-            facts.seeds.add((torch.initial_seed(), numpy_seed, python_seed))
-
-    def count_reductions(_, bucket):
-        facts.reductions += 1
-        return allreduce_hook(None, bucket)
+            states = np.random.get_state(), random.getstate()
+            seeds = (state[1][1] for state in states)
+            facts.seeds.add((torch.initial_seed(), *seeds))
 
     def watched(model):
-        facts.wrapped += 1
-        if facts.wrapped == 1:
+        if facts.wrapped == 0:
             model.register_forward_pre_hook(count_rows)
+        facts.wrapped += 1
         model = nn.parallel.DistributedDataParallel(model)
-        model.register_comm_hook(None, count_reductions)
+        model.register_comm_hook(None, reduce)
         return model
 
-    def watched_store(prefix, store):
-        facts.prefix = prefix
-        return PrefixStore(prefix, store)
-
     script = edited(train_accum, *edits)
-    script.__dict__.update(DistributedDataParallel=watched, facts=facts)
-    torch.distributed.PrefixStore = watched_store
+    script.DistributedDataParallel = watched
     os.chdir(folder)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
-            flags = processes[int(os.environ["RANK"])]
-            facts.model = str(script.main([*SPLIT_FLAGS, *flags]))
+            facts.model = str(main(script, processes[int(os.environ["RANK"])]))
         except SystemExit as end:
             facts.error = end.code
     facts.printed = out.getvalue()
+    facts.reductions = reduce.call_count
+    facts.prefix = store.call_args and store.call_args.args[0]
     torch.distributed.destroy_process_group()
     # a thread that outlives its process group can abort the process
     facts.threads = len(list(pathlib.Path("/proc/self").glob("task/*")))
@@ -882,7 +854,7 @@ def worker(folder, processes, edits):
 
 
 def run_processes(*processes, machines=1, restarts=0, edits=()):
-    """Start a process for each list of flags, as torchrun does.
+    """Start a process for each text of flags, as torchrun does.
 
     Return lists of what worker() returns. A fork server saves importing torch again.
     """
@@ -908,8 +880,8 @@ def run_processes(*processes, machines=1, restarts=0, edits=()):
 
 
 KILL = """
-            if (rank, epoch, facts.prefix) == (1, 1, "0"):
-                import os, signal
+            import os, signal
+            if (rank, epoch, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (1, 1, "0"):
                 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -917,11 +889,11 @@ KILL = """
 @posix
 def test_processes_share_each_batch_and_a_kill_costs_an_epoch_at_most(monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", os.getcwd())  # torch leaves a file there
-    flags = ["--rows=100", "--epochs=3", "--batch-size=7", "--accumulation-steps=3"]
+    flags = "--rows=100 --epochs=3 --batch-size=7 --accumulation-steps=3"
     edits = [(STEP, STEP + KILL)]
     facts = run_processes(flags, flags, flags, edits=edits, restarts=1)
     assert facts.prefix == ["1"] * 3  # without a prefix, it can hang
-    judge(facts.printed[0], *flags, done=1)
+    judge(facts.printed[0], flags, done=1)
     assert facts.printed[1:] == ["", ""]
     assert facts.rows == [[43, 2 * 43], [29, 2 * 29], [28, 2 * 28]]
     assert facts.reductions == [2 * 5] * 3  # one a step
@@ -934,16 +906,15 @@ def test_processes_share_each_batch_and_a_kill_costs_an_epoch_at_most(monkeypatc
 
 
 @posix
-def test_two_machines_resume_from_the_file_of_the_first(run):
+def test_two_machines_resume_from_the_file_of_the_first():
     """A micro-batch has a single row, so one of the shares is empty."""
     np.save("first.npy", make_table(33))
     np.save("second.npy", make_table(33))
-    flags = ["--batch-size=1", "--accumulation-steps=4"]
-    first = [*flags, "--data=first.npy"]
-    second = [*flags, "--data=second.npy", "--checkpoint=second.pt"]
-    run(train_accum, *first, "--epochs=1")
+    first = "--batch-size=1 --accumulation-steps=4 --data=first.npy"
+    second = first.replace("first", "second") + " --checkpoint=second.pt"
+    run(train_accum, f"{first} --epochs=1")
     facts = run_processes(first, second, machines=2)
-    judge(facts.printed[0], *flags, "--rows=33", done=1)
+    judge(facts.printed[0], f"{first} --rows=33", done=1)
     assert np.sum(facts.rows, axis=0).tolist() == [33, 33]
     assert facts.prefix == [None, None]  # machines count on their own
     assert sorted(os.listdir()) == ["first.npy", "run.pt", "second.npy"]
@@ -966,13 +937,13 @@ def test_processes_that_must_not_train_end_alike(first, second, line, edits):
     np.save("0.npy", make_table(9))
     np.save("1.npy", make_table(9)[np.r_[0:7, 8, 7]])
     before = files()
-    zero, one = run_processes(first.split(), second.split(), edits=edits).error
+    zero, one = run_processes(first, second, edits=edits).error
     assert zero == one
     assert line in one
     assert files() == before
 
 
-def test_scripts_for_one_process_refuse_several(run, monkeypatch):
+def test_scripts_for_one_process_refuse_several(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")  # left over, without torchrun
     judge(run(train_accum))
@@ -1007,7 +978,6 @@ PADDING = [
 LOADER = "DataLoader(TensorDataset(X, y), batch_size=8, shuffle=True)"
 LOOPS = {  # edits, and the loss function
     "as it is": ([], F.mse_loss),
-    "another loss": ([("F.mse_loss", "F.l1_loss")], F.l1_loss),
     "another loader": ([(LOADER, "list(zip(X.split(8), y.split(8)))")], F.mse_loss),
     "classes": (CLASSES, F.cross_entropy),
     "padding": ([*CLASSES, *PADDING], F.cross_entropy),
@@ -1040,30 +1010,33 @@ def test_the_loop_to_copy_survives_a_step_of_padding(capsys):
     assert "nan" not in capsys.readouterr().out
 
 
-def recipe(title):
-    """Return a recipe's edits: each change without its + and without its - lines."""
-    if title == TERM:
-        return [("                loss.backward()\n", SECOND_TERM)]
-    [diff] = [block for kind, block in SECTIONS[title] if kind == "diff"]
+def recipe(*titles):
+    """Return the edits of recipes: each change without its + and its - lines."""
+    blocks = [block for title in titles for block in SECTIONS[title]]
+    diffs = [block for kind, block in blocks if kind == "diff"]
     return [
         [re.sub(rf"^[{sign}].*\n|^.", "", change, flags=re.M) for sign in "+-"]
-        for change in diff.split("@@\n")
+        for change in "@@\n".join(diffs).split("@@\n")
     ]
 
 
 [ONE_LINERS, SHELL] = [block for _, block in SECTIONS["One-line changes"]]
-SECOND_TERM = f"""
-                penalty = sum(weight.abs().sum() for weight in model.parameters())
-                {re.search("(.*)  # a second term", ONE_LINERS)[1]}
-                loss.backward()
+ADDED = f"""\
+-                loss.backward()
++                penalty = sum(weight.abs().sum() for weight in model.parameters())
++                {re.search("(.*)  # a second term", ONE_LINERS)[1]}
++                loss.backward()
 """
+SECTIONS[TERM] = [("diff", ADDED)]
 ITEMS = torch.arange(1000)
 RAMP = torch.linspace(-1, 1, 192_000).view(1000, 3, 8, 8)
 PADDED = "(torch.arange(1000) // 100).where(torch.arange(1000) % 3 > 0, -100)"
 KEPT = "count = lambda targets: (targets != -100).sum()"
-IN_TENSORS = [("torch.arange(1000) // 100", PADDED), ("count = torch.numel", KEPT)]
+IN_TENSORS = recipe(MODEL_AND_LOSS, TENSORS)
+IN_TENSORS += [("torch.arange(1000) // 100", PADDED), ("count = torch.numel", KEPT)]
 SEVERAL = torch.arange(10) * ITEMS.view(-1, 1) / 9000  # targets of a row
-IN_A_DATASET = [("row % 10", "torch.arange(10) * row / 9000")]
+IN_A_DATASET = recipe(MODEL_AND_LOSS, DATASET)
+IN_A_DATASET += [("row % 10", "torch.arange(10) * row / 9000")]
 IN_A_DATASET += [("cross_entropy", "mse_loss"), (", num_workers=2", "")]
 STRICT = "lambda o, y, **sum: F.mse_loss(o.lerp(y, 0.0), y, **sum)"  # not for bf16
 X, Y, *_ = standardise(make_table(1000))
@@ -1089,30 +1062,30 @@ DATA = {  # edits, inputs, targets and loss function
     DATASET: (IN_A_DATASET, images, SEVERAL, F.mse_loss),
 }
 TOGETHER = [SCHEDULE, VALIDATION, SAVES]
-RECIPES = [("table", [recipe]) for recipe in (VALIDATION, "bf16", WHOLE)]
-RECIPES += [(data, TOGETHER) for data in DATA]
-RECIPES += [("table", [*TOGETHER, WHOLE]), (TENSORS, [*TOGETHER, "bf16", TERM])]
+RECIPES = [
+    ("table", [VALIDATION], "--epochs=12 --lr=0.46"),  # a rate at which it gets worse
+    ("table", ["bf16"], ""),
+    ("table", [WHOLE], ""),
+    ("table", TOGETHER, "--epochs=8"),  # long enough to stop early
+    (TENSORS, TOGETHER, "--epochs=8"),
+    (DATASET, TOGETHER, "--epochs=1"),  # whose random numbers take time
+    ("table", [*TOGETHER, WHOLE], ""),
+    (TENSORS, [*TOGETHER, "bf16", TERM], ""),
+]
 
 
-@parametrize("data, recipes", RECIPES)
+@parametrize("data, recipes, flags", RECIPES)
 @mock.patch("torch.manual_seed", torch.default_generator.manual_seed)  # faster
 @pytest.mark.filterwarnings("error:.*Disabling")
-def test_recipes_train_as_a_plain_loop(run, resumed, on_a_device, data, recipes):
+def test_recipes_train_as_a_plain_loop(data, recipes, flags):
     """Also with whole batches, after kills, and over two processes.
 
     Validation leaves 900 rows: the last micro-batch has a single row.
     """
     edits, fetch, y, loss_fn = DATA[data]
-    titles = recipes if data == "table" else [MODEL_AND_LOSS, data, *recipes]
-    edits = [edit for title in titles for edit in recipe(title)] + edits
+    edits = edits + recipe(*recipes)
     script = edited(train_accum, *edits)
-    flags = ["--epochs=3", "--lr=0.1", "--batch-size=29", "--accumulation-steps=2"]
-    if recipes == TOGETHER:  # long enough to stop early
-        flags += ["--epochs=8"]
-    if recipes == [VALIDATION]:  # a rate at which it soon gets worse
-        flags += ["--epochs=12", "--lr=0.46"]
-    if data == DATASET:  # whose random numbers take time
-        flags += ["--epochs=1"]
+    flags = f"--epochs=3 --lr=0.1 --batch-size=29 --accumulation-steps=2 {flags}"
 
     torch.manual_seed(0)
     training = ITEMS
@@ -1155,30 +1128,34 @@ def test_recipes_train_as_a_plain_loop(run, resumed, on_a_device, data, recipes)
             assert_close(weights_of(model), weights_of(saved[best]), tolerance)
         os.remove("run.pt")
 
-    run(script, *flags, "--batch-size=58", "--accumulation-steps=1")
+    run(script, f"{flags} --batch-size=58 --accumulation-steps=1")
     judge_file(1e-5)
     tolerance = 1e-3 if "bf16" in recipes else 1e-5
-    torch.save(resumed(script, *flags), "run.pt")
+    torch.save(resume(script, flags), "run.pt")
     judge_file(tolerance)
     if os.name == "posix":
         run_processes(flags, flags, edits=edits)
         judge_file(tolerance)
     if "bf16" not in recipes:
-        on_a_device(script, *flags)
+        run_on_a_device(script, flags)
 
 
-def test_masks_are_new_after_each_save_and_the_same_in_both_passes(run):
+def test_masks_are_new_after_each_save_and_the_same_in_both_passes():
     seeds = set()
-    watch = nn.modules.module.register_module_forward_pre_hook
-    with watch(lambda layer, _: seeds.add(torch.initial_seed() * layer.training)):
-        run(edited(train_accum, *recipe(SAVES)), "--rows=1000", "--epochs=1")
+
+    def watch(layer, inputs):
+        seeds.add(torch.initial_seed() * layer.training)
+
+    with register_module_forward_pre_hook(watch):
+        run(edited(train_accum, *recipe(SAVES)), "--epochs=1")
     assert len(seeds) == 4 + 1
     os.remove("run.pt")
     torch.manual_seed(0)
     model = eval(DROPOUT[1])
     _, fetch, y, _ = DATA["table"]
-    train_plainly(model, fetch, y, sizes_in([]), dice, [WHOLE])
-    run(edited(train_accum, *recipe(WHOLE), DROPOUT), *FLAGS, "--accumulation-steps=1")
+    train_plainly(model, fetch, y, sizes_in(""), dice, [WHOLE])
+    script = edited(train_accum, *recipe(WHOLE), DROPOUT)
+    run(script, "--batch-size=32 --accumulation-steps=1")
     assert_close(weights_in(torch.load("run.pt")), weights_of(model))
 
 
@@ -1200,8 +1177,8 @@ def test_the_flags_of_each_command_are_right():
 
 @posix
 @parametrize("title", ["Proof", TENSORS])
-def test_the_commands_and_blocks_of_a_section_run(monkeypatch, title):
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+@on_a_gpu
+def test_the_commands_and_blocks_of_a_section_run(title):
     for kind, block in SECTIONS[title]:
         if kind == "python":
             exec(block, {})
