@@ -59,6 +59,15 @@ FLAGS = "--hidden=0 --epochs=2 --lr=0.05 --seed=0 --log-every=1 --device=cpu "
 FLAGS += "--checkpoint=run.pt --batch-size=32"
 SPLIT = "--batch-size=8 --accumulation-steps=4"
 
+README = pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SECTIONS = {  # title: [(kind, block)]
+    section.partition("\n")[0]: BLOCK.findall(section)
+    for section in re.split("^#+ ", README, flags=re.MULTILINE)
+}
+_, LOOP = BLOCK.search(README).groups()
+[ONE_LINERS, SHELL] = [block for _, block in SECTIONS["One-line changes"]]
+
 MODEL_AND_LOSS = "Your own model and loss"
 TENSORS = "Your own tensors or table, and a prediction"
 DATASET = "Your own Dataset, random augmentation"
@@ -398,11 +407,6 @@ MODEL = "common.make_model(X.shape[1], args.hidden)"
 OPTIMIZER = "torch.optim.SGD(model.parameters(), lr=args.lr)"
 ADAMW = (OPTIMIZER, "torch.optim.AdamW(model.parameters(), lr=torch.tensor(args.lr))")
 PARTS = '    parts = {"model": model, "optimizer": optimizer}\n'
-EPOCH = "    for epoch in range(first_epoch, args.epochs):\n"
-FREEZE = """
-        for weight in parts["model"][0].parameters():
-            weight.requires_grad_(epoch >= 2)
-"""
 STEP = "            optimizer.step()\n"
 MORE_PARTS = """
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
@@ -413,19 +417,23 @@ MORE_STEPS = """
             parts["ema"].update_parameters(model)
 """
 SCHEDULER_AND_EMA = (PARTS, PARTS + MORE_PARTS)
+EPOCH = "    for epoch in range(first_epoch, args.epochs):\n"
+FREEZE = f"""
+        for weight in parts["model"][0].parameters():
+            {re.search("(.*)  # freezing", ONE_LINERS)[1]}
+"""
 DROPOUT = (MODEL, "torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(10, 1))")
-YOUR_OWN = [
-    (MODEL, "torch.nn.Sequential(torch.nn.LayerNorm(10), torch.nn.Linear(10, 1))"),
-    ADAMW,
-    SCHEDULER_AND_EMA,
-    (STEP, STEP + MORE_STEPS),
-]
 COPIES = {
     "as it is": [],
     "a frozen layer": [(MODEL, FROZEN)],
     "freezing": [(MODEL, MODEL.replace("args.hidden", "3")), (EPOCH, EPOCH + FREEZE)],
     "dropout": [DROPOUT],
-    "all of your own": YOUR_OWN,
+    "all of your own": [
+        (MODEL, "torch.nn.Sequential(torch.nn.LayerNorm(10), torch.nn.Linear(10, 1))"),
+        ADAMW,
+        SCHEDULER_AND_EMA,
+        (STEP, STEP + MORE_STEPS),
+    ],
 }
 
 
@@ -812,20 +820,18 @@ def run_on_a_device(script, flags):
 def worker(folder, processes, edits):
     """Run train_accum.py as one process of several; return what it did and printed."""
     facts = types.SimpleNamespace(wrapped=0, seeds=set())
-    facts.rows = [0, 0]  # in eval() and in train()
+    facts.rows = [0, 0]  # of a linear model, in eval() and in train()
     reduce = mock.create_autospec(allreduce_hook, side_effect=allreduce_hook)
     store = torch.distributed.PrefixStore = mock.Mock(wraps=common.dist.PrefixStore)
 
     def count_rows(layer, inputs):
-        facts.rows[layer.training] += len(inputs[0])
+        facts.rows[layer.training] += len(inputs[0]) * isinstance(layer, nn.Linear)
         if layer.training:
             states = np.random.get_state(), random.getstate()
             seeds = (state[1][1] for state in states)
             facts.seeds.add((torch.initial_seed(), *seeds))
 
     def watched(model):
-        if facts.wrapped == 0:
-            model.register_forward_pre_hook(count_rows)
         facts.wrapped += 1
         model = nn.parallel.DistributedDataParallel(model)
         model.register_comm_hook(None, reduce)
@@ -834,6 +840,7 @@ def worker(folder, processes, edits):
     script = edited(train_accum, *edits)
     script.DistributedDataParallel = watched
     os.chdir(folder)
+    register_module_forward_pre_hook(count_rows)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
             facts.model = str(main(script, processes[int(os.environ["RANK"])]))
@@ -952,13 +959,6 @@ def test_a_script_for_one_process_refuses_several(monkeypatch, script):
 
 
 # ---- README
-README = pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SECTIONS = {  # title: [(kind, block)]
-    section.partition("\n")[0]: BLOCK.findall(section)
-    for section in re.split("^#+ ", README, flags=re.MULTILINE)
-}
-_, LOOP = BLOCK.search(README).groups()
 CLASSES = [
     ("optimizer = ", "y = torch.arange(1037) % 5\noptimizer = "),
     ("F.mse_loss", "F.cross_entropy"),
@@ -1011,7 +1011,6 @@ def recipe(*titles):
     ]
 
 
-[ONE_LINERS, SHELL] = [block for _, block in SECTIONS["One-line changes"]]
 ADDED = f"""\
 -                loss.backward()
 +                penalty = sum(weight.abs().sum() for weight in model.parameters())
