@@ -319,9 +319,9 @@ def test_a_script_resumes_from_the_file_of_another_without_its_gpu():
 
 
 @each_script
-def test_no_more_rows_than_the_batch_size_at_once(monkeypatch, script):
+@mock.patch("common.mean_over_processes", side_effect=float)
+def test_no_more_rows_than_the_batch_size_at_once(means, monkeypatch, script):
     fetched, computed, firsts = [], [], []
-    means = mock.Mock(side_effect=float)
 
     def fetch(dataset, rows):
         fetched.append(len(rows))
@@ -332,7 +332,6 @@ def test_no_more_rows_than_the_batch_size_at_once(monkeypatch, script):
         firsts.append(layer.weight.grad is None)
 
     monkeypatch.setattr(TensorDataset, "__getitem__", fetch)
-    monkeypatch.setattr(common, "mean_over_processes", means)
     with register_module_forward_pre_hook(watch):
         run(script, "--rows=100 --batch-size=30 --epochs=2 --log-every=0")
     assert fetched == computed == [30, 30, 30, 10] * 3  # also for the last line
@@ -374,7 +373,8 @@ def test_mean_loss_is_exact_and_changes_nothing(batch_size, workers):
     model = nn.Sequential(nn.Dropout(), nn.Linear(9, 5).eval())
     outputs = []
     model.register_forward_hook(lambda *call: outputs.append(call[-1]))
-    X, y = torch.randn(70, 9), torch.arange(70) % 6 - 1
+    data = TensorDataset(torch.randn(70, 9), torch.arange(70) % 6 - 1)
+    X, y = data.tensors
     weight = torch.arange(1.0, 6)
     loss_fn = nn.CrossEntropyLoss(weight, ignore_index=-1)
 
@@ -384,9 +384,7 @@ def test_mean_loss_is_exact_and_changes_nothing(batch_size, workers):
     args = types.SimpleNamespace(batch_size=batch_size, device="cpu")
     before = torch.get_rng_state()
     with mock.patch("common.DataLoader", wraps=DataLoader) as loader:
-        loss = common.mean_loss(
-            args, model, TensorDataset(X, y), loss_fn, count, workers
-        )
+        loss = common.mean_loss(args, model, data, loss_fn, count, workers)
     assert loader.call_args.kwargs["num_workers"] == workers
     assert torch.equal(torch.get_rng_state(), before)
     assert [layer.training for layer in model] == [True, False]
@@ -1120,11 +1118,9 @@ def test_recipes_train_as_a_plain_loop(data, recipes, flags):
 
 def test_masks_are_new_after_each_save_and_the_same_in_both_passes():
     seeds = set()
-
-    def watch(layer, inputs):
-        seeds.add(torch.initial_seed() * layer.training)
-
-    with register_module_forward_pre_hook(watch):
+    with register_module_forward_pre_hook(
+        lambda layer, _: seeds.add(torch.initial_seed() * layer.training)
+    ):
         run(edited(train_accum, *recipe(SAVES)), "--epochs=1")
     assert len(seeds) == 4 + 1
     os.remove("run.pt")
