@@ -21,7 +21,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -48,14 +47,15 @@ import train_manual
 SCRIPTS = [train_basic, train_accum, train_manual]
 
 parametrize = pytest.mark.parametrize
-each_script = parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+each_script = parametrize("script", SCRIPTS)
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes, links or torchrun")
+# what is saved there can only be loaded with a map_location, on any machine
 on_a_gpu = mock.patch("torch.serialization.location_tag", lambda storage: "cuda:99")
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes started from here
 
-# All flags are given, so that a changed default fails only where a script has no flags.
+# So that a changed default fails only where a script has no flags.
 FLAGS = "--hidden=0 --epochs=2 --lr=0.05 --seed=0 --log-every=1 --device=cpu "
 FLAGS += "--checkpoint=run.pt --batch-size=32"
 SPLIT = "--batch-size=8 --accumulation-steps=4"
@@ -66,8 +66,8 @@ SECTIONS = {  # title: [(kind, block)]
     section.partition("\n")[0]: BLOCK.findall(section)
     for section in re.split("^#+ ", README, flags=re.MULTILINE)
 }
-_, LOOP = BLOCK.search(README).groups()
-[ONE_LINERS, SHELL] = [block for _, block in SECTIONS["One-line changes"]]
+LOOP = BLOCK.search(README)[2]
+(_, ONE_LINERS), (_, SHELL) = SECTIONS["One-line changes"]
 
 MODEL_AND_LOSS = "Your own model and loss"
 TENSORS = "Your own tensors or table, and a prediction"
@@ -97,7 +97,7 @@ def standardise(table):
 
 
 def sizes_in(flags):
-    """Return the numbers in FLAGS and in some flags; the last one of a name counts."""
+    """Return the numbers in FLAGS and then in some flags; the last of a name counts."""
     flags = f"--rows=1000 --accumulation-steps=1 {FLAGS} {flags}".replace("-", "_")
     found = re.findall(r"__(\w+)=([\d.]+)", flags)
     return types.SimpleNamespace(**{name: json.loads(text) for name, text in found})
@@ -278,7 +278,7 @@ def test_help_of_each_script(script, capsys):
 
 def test_the_lines_of_a_run_come_at_once(monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
-    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr("sys.stdout", output)
     np.savetxt("表.csv", make_table(7), delimiter=",")
     main(train_accum, "--data=表.csv --epochs=1")
     expected = (
@@ -357,35 +357,29 @@ def most_tensors_kept(train, *arguments):
 
 def test_accumulation_keeps_the_tensors_of_a_single_micro_batch():
     """Also in the README's loop. The judge's batches have their size."""
-    model, sizes = common.make_model(10, 3), sizes_in("--batch-size=8")
+    model, sizes = nn.Linear(10, 1), sizes_in("--batch-size=8")
     most = most_tensors_kept(train_plainly, model, lambda _, i: X[i], Y[:80], sizes)
-    for steps in (1, 9):
-        edits = [("range(10)", "range(1)"), ("steps = 4", f"steps = {steps}")]
-        block = replaced(LOOP, (LINEAR, "common.make_model(10, 3)"), *edits)
-        assert most_tensors_kept(exec, block, {"common": common}) == most
-        flags = f"--hidden=3 --accumulation-steps={steps} --checkpoint={steps}.pt"
-        assert most_tensors_kept(run, train_accum, flags) == most
+    assert most_tensors_kept(exec, LOOP, {}) == most
+    assert most_tensors_kept(run, train_accum) == most
 
 
-@parametrize("batch_size, workers", [(70, 0), (30, 1), (1, 0)])
-def test_mean_loss_is_exact_and_changes_nothing(batch_size, workers):
-    """With class weights and padding, in pieces that may be padding only."""
+def test_mean_loss_is_exact_and_changes_nothing():
+    """With class weights and padding; the last row, a batch of its own, is padding."""
     model = nn.Sequential(nn.Dropout(), nn.Linear(9, 5).eval())
     outputs = []
     model.register_forward_hook(lambda *call: outputs.append(call[-1]))
-    data = TensorDataset(torch.randn(70, 9), torch.arange(70) % 6 - 1)
-    X, y = data.tensors
+    X, y = torch.randn(61, 9), torch.arange(61) % 6 - 1
     weight = torch.arange(1.0, 6)
     loss_fn = nn.CrossEntropyLoss(weight, ignore_index=-1)
 
     def count(targets):
         return weight[targets[targets >= 0]].sum()
 
-    args = types.SimpleNamespace(batch_size=batch_size, device="cpu")
+    args = types.SimpleNamespace(batch_size=4, device="cpu")
     before = torch.get_rng_state()
     with mock.patch("common.DataLoader", wraps=DataLoader) as loader:
-        loss = common.mean_loss(args, model, data, loss_fn, count, workers)
-    assert loader.call_args.kwargs["num_workers"] == workers
+        loss = common.mean_loss(args, model, TensorDataset(X, y), loss_fn, count, 1)
+    assert loader.call_args.kwargs["num_workers"] == 1
     assert torch.equal(torch.get_rng_state(), before)
     assert [layer.training for layer in model] == [True, False]
     assert not any(part.requires_grad or part.is_inference() for part in outputs)
@@ -394,17 +388,15 @@ def test_mean_loss_is_exact_and_changes_nothing(batch_size, workers):
 
 @parametrize("rows", [[3, 0], []])
 def test_batches_of_single_items_can_be_dicts_and_empty(rows):
-    items, _ = torch.utils.data.random_split([{"x": x} for x in range(9)], [5, 4])
+    items, _ = torch.utils.data.random_split(torch.arange(9), [5, 4])
+    batches = common.Batches(items, lambda items: {"x": torch.stack(items)})
     index = torch.tensor(rows, dtype=int)
-    assert common.Batches(items)[index]["x"].tolist() == [items[i]["x"] for i in rows]
-    doubled = common.Batches(range(9), lambda items: 2 * torch.tensor(items))
-    assert doubled[index].tolist() == [2 * i for i in rows]
+    assert batches[index]["x"].tolist() == [items[i] for i in rows]
 
 
 # ---- edits, as users make them in a copy
 LINEAR = "torch.nn.Linear(10, 1)"
-NORM = "torch.nn.Sequential(torch.nn.BatchNorm1d(10), torch.nn.Linear(10, 1))"
-FROZEN = NORM.replace("(10),", "(10).eval(),")
+FROZEN = "torch.nn.Sequential(torch.nn.BatchNorm1d(10).eval(), torch.nn.Linear(10, 1))"
 MODEL = "common.make_model(X.shape[1], args.hidden)"
 OPTIMIZER = "torch.optim.SGD(model.parameters(), lr=args.lr)"
 ADAMW = (OPTIMIZER, "torch.optim.AdamW(model.parameters(), lr=torch.tensor(args.lr))")
@@ -439,7 +431,7 @@ COPIES = {
 }
 
 
-@parametrize("edits", COPIES.values(), ids=COPIES.keys())
+@parametrize("edits", COPIES.values(), ids=COPIES)
 def test_a_copy_takes_the_same_steps_and_resumes(edits):
     scripts = [edited(script, *edits) for script in SCRIPTS]
     marked = re.findall(".*# processes.*\n", inspect.getsource(train_accum))
@@ -453,8 +445,7 @@ def test_a_copy_takes_the_same_steps_and_resumes(edits):
     else:
         assert_equal(manual, basic)
         assert_close(accum, basic)
-    for script, state in zip(scripts, states):
-        assert state["model"].get("0.num_batches_tracked", 0) == 0
+    for script in scripts:
         run_on_a_device(script, "--rows=237")
 
 
@@ -523,7 +514,7 @@ def test_a_file_of_any_form_is_the_same_table(name, header):
         text = run(train_basic, f"--data={name}")
     judge(text, table=SHIFTED, offset=OFFSET)
     if name == "a.csv.gz":
-        with pytest.raises(SystemExit, match="No such file"):
+        with pytest.raises(SystemExit, match=NO_FILE):
             run(train_basic, "--data=a.csv")  # another name
     assert ("line 1 is a header" in text) == bool(header)
     assert ("line 1 is a row of numbers" in text) == (header == "")
@@ -547,7 +538,8 @@ def marked_as_folder(content):
     return content[:place] + b"\x10" + content[place + 1 :]
 
 
-NO_FOLDER = "^error: --checkpoint .*/run.pt: cannot write to its folder: [A-Z]"
+NO_FILE = r"\[(Errno 2|WinError \d+)\]"  # from the system, not from the network
+NO_FOLDER = "^error: --checkpoint .*run.pt: cannot write to its folder: [A-Z]"
 WRONG_FLAGS = {
     "--batch-size=0": "argument --batch-size: 0 is below 1$",
     "--accumulation-steps=0": "argument --accumulation-steps: 0 is below 1$",
@@ -563,10 +555,8 @@ WRONG_FLAGS = {
     "--device=tpu": "argument --device: tpu is not here, only cpu, cuda:0, cuda:1$",
     "--batch=4": "unrecognized arguments: --batch=4",
     "--data=t.csv --rows=9": "argument --rows: not allowed with argument --data",
-    "--device=cuda:2": "cuda:2 is not here, only cpu, cuda:0, cuda:1$",
     "--lr=1e30": "^error: epoch 1: a weight is not finite; try a lower --lr",
-    "--data=t.csv": "^error: --data t.csv: .*No such file",
-    "--data=http://127.0.0.1:9/t.csv": "^error: --data http:.*No such file",
+    "--data=http://127.0.0.1:9/t.csv": f"^error: --data http:.*{NO_FILE}",
     "--checkpoint=.": "damaged, or not from here",
     "--checkpoint=none/run.pt": NO_FOLDER,
     "--checkpoint=/proc/run.pt": NO_FOLDER,
@@ -585,7 +575,7 @@ NO_TABLES = {
 FOREIGN = [lambda content: content[:-9], without_weights, marked_as_folder]
 FOREIGN += [torch.ones(3), Code(), {"settings": "x"}]
 FOREIGN += [{"settings": {}, "epoch": 1}, {"settings": "x", "epoch": "y"}]
-DAMAGED = "^error: --checkpoint .*/run.pt: damaged, or not from here"
+DAMAGED = r"^error: --checkpoint .*run.pt: damaged, or not from here \(\w+\)$"
 BAD_DATA = "^error: --data t.csv: "
 # a file, edits of an earlier run, or what damages its file; flags; the error
 REFUSED = [(None, flags, said) for flags, said in WRONG_FLAGS.items()]
@@ -596,7 +586,6 @@ REFUSED += [
     (np.ones(3), "--data=t.npy", rf"^error: --data t.npy: {TOO_FEW} \(3,\)$"),
     (np.eye(2) * 1j, "--data=t.npy", r"^error: --data t.npy: .*dtype\('complex128'\)"),
     ({"settings": "x", "epoch": 0}, "", "^-x$"),
-    ([], "--lr=0.1", r"^\+'lr': 0.1,$"),
     ([], "--seed=1", r"^\+'seed': 1}$"),
     ([], "--batch-size=9", "^-'rows per step': 32,$"),
     ([], "--rows=999", r"^\+{'data'.*2 \(999, 10\), crc32 (.|\n)*^-'rows': 1000,$"),
@@ -615,7 +604,7 @@ def files():
 @parametrize("content, flags, said", REFUSED)
 @pytest.mark.filterwarnings("ignore:loadtxt")
 def test_what_must_not_run_is_refused(capsys, monkeypatch, content, flags, said):
-    """The error is one line, maybe with a diff; nothing is loaded or changed."""
+    """The error is one line, after a usage or before a diff; nothing is changed."""
     if isinstance(content, str):
         pathlib.Path("t.csv").write_text(content)
     elif isinstance(content, np.ndarray):
@@ -629,14 +618,13 @@ def test_what_must_not_run_is_refused(capsys, monkeypatch, content, flags, said)
     elif content is not None:
         torch.save(content, "run.pt")
     before = files()
-    monkeypatch.delattr(nn.Module, "load_state_dict")
-    monkeypatch.delattr(torch.optim.Optimizer, "load_state_dict")
+    monkeypatch.delattr("torch.nn.Module.load_state_dict")
+    monkeypatch.delattr("torch.optim.Optimizer.load_state_dict")
     with believe_in(2), pytest.raises(SystemExit) as end:
         run(train_accum, flags)
     error = capsys.readouterr().err + str(end.value)
     assert re.search(said, error, re.MULTILINE)
     assert re.fullmatch(r"usage: (.|\n)*\n2|error: .*(\n[-+].*)*", error)
-    assert "weights_only" not in error
     assert files() == before
 
 
@@ -701,7 +689,7 @@ def test_a_file_is_replaced_once_it_is_whole_on_the_disk(monkeypatch):
         if len(written) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("os.fsync", fsync)
     with pytest.raises(KeyboardInterrupt):
         save(model, epochs=2)
     assert files() == before
@@ -750,10 +738,10 @@ DEVICES = [  # accelerators, processes, --device, what the second process gets
 
 
 def believe_in(count):
-    """Let torch see N GPUs, until the end of a with block."""
+    """Let torch see a number of GPUs, until the end of a with block."""
     device = torch.device("cuda") if count > 0 else None
     return mock.patch.multiple(
-        torch.accelerator,
+        "torch.accelerator",
         device_count=lambda: count,
         current_accelerator=lambda **_: device,
     )
@@ -777,17 +765,15 @@ def test_a_process_picks_its_device(monkeypatch, count, processes, name, device)
 def test_a_process_joins_with_its_own_device_and_prints_nothing(monkeypatch):
     calls = []
     dist = common.dist
-    monkeypatch.setattr(sys, "stdout", sys.stdout)
-    monkeypatch.setattr(torch.accelerator, "set_device_index", calls.append)
+    monkeypatch.setattr("sys.stdout", sys.stdout)
+    monkeypatch.setattr("torch.accelerator.set_device_index", calls.append)
     monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(None, 1, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda **x: calls.append(set(x)))
-    monkeypatch.setattr(common.atexit, "register", calls.append)
-    args = types.SimpleNamespace(device=torch.device("cuda:1"))
-    common.join_processes(args)
+    monkeypatch.setattr("atexit.register", calls.append)
+    common.join_processes(types.SimpleNamespace(device=torch.device("cuda:1")))
     options = {"store", "rank", "world_size", "timeout"}  # each device's own backend
     assert calls == [1, options, dist.destroy_process_group]
     print("\udcff is no error")
-    assert args.checkpoint is None
 
 
 def run_on_a_device(script, flags):
@@ -812,14 +798,11 @@ def worker(folder, processes, edits):
     facts = types.SimpleNamespace(wrapped=0, seeds=set())
     facts.rows = [0, 0]  # of a linear model, in eval() and in train()
     reduce = mock.create_autospec(allreduce_hook, side_effect=allreduce_hook)
-    store = torch.distributed.PrefixStore = mock.Mock(wraps=common.dist.PrefixStore)
+    store = common.dist.PrefixStore = mock.Mock(wraps=common.dist.PrefixStore)
 
     def count_rows(layer, inputs):
         facts.rows[layer.training] += len(inputs[0]) * isinstance(layer, nn.Linear)
-        if layer.training:
-            states = np.random.get_state(), random.getstate()
-            seeds = (state[1][1] for state in states)
-            facts.seeds.add((torch.initial_seed(), *seeds))
+        facts.seeds.add(torch.initial_seed())
 
     def watched(model):
         facts.wrapped += 1
@@ -880,7 +863,7 @@ KILL = """
 
 @posix
 def test_processes_share_each_batch_and_a_kill_costs_an_epoch_at_most(monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", os.getcwd())  # torch leaves a file there
+    monkeypatch.setattr("tempfile.tempdir", os.getcwd())  # torch leaves a file there
     flags = "--rows=100 --epochs=3 --batch-size=7 --accumulation-steps=3"
     edits = [(STEP, STEP + KILL)]
     facts = run_processes(flags, flags, flags, edits=edits, restarts=1)
@@ -890,9 +873,8 @@ def test_processes_share_each_batch_and_a_kill_costs_an_epoch_at_most(monkeypatc
     assert facts.rows == [[43, 2 * 43], [29, 2 * 29], [28, 2 * 28]]
     assert facts.reductions == [2 * 5] * 3  # one a step
     assert facts.wrapped == [2] * 3  # anew, as after resuming
-    for seeds in zip(*set.union(*facts.seeds)):
-        assert len(set(seeds)) == 2 * 3  # of torch, of numpy and of random
-    assert {seed for seed, _, _ in facts.seeds[0]} == {seed_of(0, 1), seed_of(0, 2)}
+    for rank, seeds in enumerate(facts.seeds):
+        assert seeds == {seed_of(0, 1, rank), seed_of(0, 2, rank)}
     assert facts.model == [str(nn.Linear(10, 1))] * 3
     assert max(facts.threads) <= 1
 
@@ -939,7 +921,7 @@ def test_a_script_for_one_process_refuses_several(monkeypatch, script):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")  # left over, without torchrun
     judge(run(train_accum))
-    monkeypatch.setattr(sys, "argv", ["", "--epochs=0"])  # not those of main([])
+    monkeypatch.setattr("sys.argv", ["", "--epochs=0"])  # not those of main([])
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(SystemExit, match="error: this script is for one process"):
         script.main([])
@@ -972,7 +954,7 @@ LOOPS = {  # edits, and the loss function
 }
 
 
-@parametrize("edits, loss_fn", LOOPS.values(), ids=LOOPS.keys())
+@parametrize("edits, loss_fn", LOOPS.values(), ids=LOOPS)
 def test_the_loop_to_copy_takes_the_steps_of_whole_batches(capsys, edits, loss_fn):
     split, whole = {}, {}
     block = replaced(LOOP, *edits)
@@ -1016,7 +998,7 @@ SEVERAL = torch.arange(10) * ITEMS.view(-1, 1) / 9000  # targets of a row
 IN_A_DATASET = recipe(MODEL_AND_LOSS, DATASET)
 IN_A_DATASET += [("row % 10", "torch.arange(10) * row / 9000")]
 IN_A_DATASET += [("cross_entropy", "mse_loss"), (", num_workers=2", "")]
-STRICT = "lambda o, y, **sum: F.mse_loss(o.lerp(y, 0.0), y, **sum)"  # not for bf16
+STRICT = "lambda o, y, **sum: F.mse_loss(o.lerp(y, 0.0), y, **sum)"  # refuses bf16
 FLAT = "torch.nn.Sequential(torch.nn.Flatten(1), torch.nn.Linear(192, 10))"
 X, Y, *_ = standardise(make_table(1000))
 
@@ -1046,10 +1028,10 @@ RECIPES = [
     ("table", ["bf16"], ""),
     ("table", [WHOLE], ""),
     ("table", TOGETHER, "--epochs=8"),  # long enough to stop early
-    (TENSORS, TOGETHER, "--epochs=8"),
+    (TENSORS, [*TOGETHER, TERM], "--epochs=8"),
     (DATASET, TOGETHER, "--epochs=1"),  # whose random numbers take time
     ("table", [*TOGETHER, WHOLE], ""),
-    (TENSORS, [*TOGETHER, "bf16", TERM], ""),
+    (TENSORS, [*TOGETHER, "bf16"], ""),
 ]
 
 
@@ -1059,12 +1041,12 @@ RECIPES = [
 def test_recipes_train_as_a_plain_loop(data, recipes, flags):
     """Also with whole batches, after kills, and over two processes.
 
-    Validation leaves 900 rows: the last micro-batch has a single row.
+    Validation leaves 900 rows: the last step has 29 rows and one, instead of 3 x 29.
     """
     edits, layers, fetch, y, loss_fn = DATA[data]
     edits = edits + recipe(*recipes)
     script = edited(train_accum, *edits)
-    flags = f"--epochs=3 --lr=0.1 --batch-size=29 --accumulation-steps=2 {flags}"
+    flags = f"--epochs=3 --lr=0.1 --batch-size=29 --accumulation-steps=3 {flags}"
 
     torch.manual_seed(0)
     training = ITEMS
@@ -1079,14 +1061,13 @@ def test_recipes_train_as_a_plain_loop(data, recipes, flags):
         dice if WHOLE in recipes else loss_fn,
         recipes,
     )
-    best, last = 0, len(saved) - 1
+    last = len(saved) - 1
     if VALIDATION in recipes:
-        losses = [
-            loss_fn(one(fetch(saves, validation)), y[validation]).item()
-            for saves, one in enumerate(saved)
-        ]
-        for last in range(len(saved)):
-            best = np.argmin(losses[: last + 1])
+        losses = []
+        for last, one in enumerate(saved):
+            loss = loss_fn(one(fetch(last, validation)), y[validation])
+            losses.append(loss.item())
+            best = np.argmin(losses)
             if last == best + 5:  # five without a better one
                 break
 
@@ -1094,7 +1075,7 @@ def test_recipes_train_as_a_plain_loop(data, recipes, flags):
         state = torch.load("run.pt")
         assert state["epoch"] == last + 1
         assert_close(weights_in(state), weights_of(saved[last]), tolerance)
-        assert ("rows between saves: 580" in state["settings"]) == (SAVES in recipes)
+        assert ("rows between saves: 870" in state["settings"]) == (SAVES in recipes)
         assert ("photos, version 3" in state["settings"]) == (data == DATASET)
         if VALIDATION in recipes:
             assert "validation: torch.int64 (100,), crc32" in state["settings"]
@@ -1104,7 +1085,7 @@ def test_recipes_train_as_a_plain_loop(data, recipes, flags):
             assert_close(weights_of(model), weights_of(saved[best]), tolerance)
         os.remove("run.pt")
 
-    run(script, f"{flags} --batch-size=58 --accumulation-steps=1")
+    run(script, f"{flags} --batch-size=87 --accumulation-steps=1")
     judge_file(1e-5)
     tolerance = 1e-3 if "bf16" in recipes else 1e-5
     torch.save(resume(script, flags), "run.pt")
@@ -1118,11 +1099,9 @@ def test_recipes_train_as_a_plain_loop(data, recipes, flags):
 
 def test_masks_are_new_after_each_save_and_the_same_in_both_passes():
     seeds = set()
-    with register_module_forward_pre_hook(
-        lambda layer, _: seeds.add(torch.initial_seed() * layer.training)
-    ):
+    with register_module_forward_pre_hook(lambda *_: seeds.add(torch.initial_seed())):
         run(edited(train_accum, *recipe(SAVES)), "--epochs=1")
-    assert len(seeds) == 4 + 1
+    assert len(seeds) == 4
     os.remove("run.pt")
     torch.manual_seed(0)
     model = eval(DROPOUT[1])
