@@ -864,16 +864,21 @@ KILL = """
             if (rank, epoch, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (1, 1, "0"):
                 os.kill(os.getpid(), signal.SIGKILL)
 """
+SAVE = "(args, settings, parts, epoch + 1, **scaling)\n"
+STOP = f"""
+        flag = (rank, epoch) == (1, 2)
+        {re.search("(.*)  # after it", ONE_LINERS)[1]}
+"""
 
 
 @posix
 def test_processes_share_each_batch_and_a_kill_costs_an_epoch_at_most(monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", os.getcwd())  # torch leaves a file there
-    flags = "--rows=100 --epochs=3 --batch-size=7 --accumulation-steps=3"
-    edits = [(STEP, STEP + KILL)]
+    flags = "--rows=100 --epochs=9 --batch-size=7 --accumulation-steps=3"
+    edits = [(STEP, STEP + KILL), (SAVE, SAVE + STOP)]
     facts = run_processes(flags, flags, flags, edits=edits, restarts=1)
     assert facts.prefix == ["1"] * 3  # without a prefix, it can hang
-    judge(facts.printed[0], flags, done=1)
+    judge(facts.printed[0], f"{flags} --epochs=3", done=1)
     assert facts.printed[1:] == ["", ""]
     assert facts.rows == [[43, 2 * 43], [29, 2 * 29], [28, 2 * 28]]
     assert facts.reductions == [2 * 5] * 3  # one a step
