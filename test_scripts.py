@@ -449,6 +449,12 @@ def test_a_copy_takes_the_same_steps_and_resumes(edits):
         run_on_a_device(script, "--rows=237")
 
 
+def test_a_flag_of_your_own_may_be_zero():
+    flag = '    add("--lr"'
+    copied = edited(common, (flag, f'    add("--warmup", 0, "steps")\n{flag}'))
+    assert copied.parse_args([], "", batch_size=1).warmup == 0
+
+
 class Numbers(torch.utils.data.Dataset):
     """Random inputs, drawn here or by a DataLoader's worker."""
 
