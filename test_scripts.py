@@ -785,6 +785,7 @@ def test_a_process_joins_with_its_own_device_and_prints_nothing(monkeypatch):
     options = {"store", "rank", "world_size", "timeout"}  # each device's own backend
     assert calls == [1, options, dist.destroy_process_group]
     print("\udcff is no error")
+    sys.stdout.close()
 
 
 def run_on_a_device(script, flags):
