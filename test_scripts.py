@@ -56,8 +56,8 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes started from here
 
 # So that a changed default fails only where a script has no flags.
-FLAGS = "--hidden=0 --epochs=2 --lr=0.05 --seed=0 --log-every=1 --device=cpu "
-FLAGS += "--checkpoint=run.pt --batch-size=32"
+FLAGS = "--hidden=0 --epochs=2 --lr=0.05 --seed=0 --log-every=1 --device=cpu"
+FLAGS += " --checkpoint=run.pt --batch-size=32"
 SPLIT = "--batch-size=8 --accumulation-steps=4"
 
 README = pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8")
@@ -225,11 +225,11 @@ def resume(script, flags):
     whole = read(run(script, flags))
     state = torch.load("run.pt")
     os.remove("run.pt")
+    killed = mock.patch("common.save_checkpoint", save_and_die)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        with mock.patch("common.save_checkpoint", save_and_die):
-            for _ in range(state["epoch"] - 1):
-                with pytest.raises(KeyboardInterrupt):
-                    main(script, flags)
+        for _ in range(state["epoch"] - 1):
+            with killed, pytest.raises(KeyboardInterrupt):
+                main(script, flags)
         main(script, flags)
     assert_equal(read(out.getvalue()), whole)
     lists = json.JSONEncoder(default=torch.Tensor.tolist).encode
@@ -299,8 +299,8 @@ SPLITS += [(script, size, 1) for script in SCRIPTS for size in (5, 32, 400)]
 @parametrize("rows", [1, 2, 31, 32, 33, 1037])
 @parametrize("script, size, steps", SPLITS)
 def test_each_split_takes_the_steps_of_the_judge(script, size, steps, rows):
-    flags = f"--seed=7 --lr=0.04 --epochs=3 --log-every={rows % 4} --rows={rows} "
-    flags += f"--batch-size={size}"
+    flags = f"--seed=7 --lr=0.04 --epochs=3 --log-every={rows % 4} --rows={rows}"
+    flags += f" --batch-size={size}"
     if script is train_accum:
         flags += f" --accumulation-steps={steps}"
     judge(run(script, flags), flags)
@@ -544,8 +544,8 @@ def marked_as_folder(content):
     return content[:place] + b"\x10" + content[place + 1 :]
 
 
-NO_FILE = r"\[(Errno 2|WinError \d+)\]"  # from the system, not from the network
-NO_FOLDER = "^error: --checkpoint .*run.pt: cannot write to its folder: [A-Z]"
+NO_FILE = r"\[(Errno 2\] No such file|WinError \d{1,3}\])"  # not from the network
+NO_FOLDER = r"^error: --checkpoint .*[/\\]run.pt: cannot write to its folder: [A-Z]"
 WRONG_FLAGS = {
     "--batch-size=0": "argument --batch-size: 0 is below 1$",
     "--accumulation-steps=0": "argument --accumulation-steps: 0 is below 1$",
@@ -581,7 +581,7 @@ NO_TABLES = {
 FOREIGN = [lambda content: content[:-9], without_weights, marked_as_folder]
 FOREIGN += [torch.ones(3), Code(), {"settings": "x"}]
 FOREIGN += [{"settings": {}, "epoch": 1}, {"settings": "x", "epoch": "y"}]
-DAMAGED = r"^error: --checkpoint .*run.pt: damaged, or not from here \(\w+\)$"
+DAMAGED = r"^error: --checkpoint .*[/\\]run.pt: damaged, or not from here \(\w+\)$"
 BAD_DATA = "^error: --data t.csv: "
 # a file, edits of an earlier run, or what damages its file; flags; the error
 REFUSED = [(None, flags, said) for flags, said in WRONG_FLAGS.items()]
@@ -592,6 +592,7 @@ REFUSED += [
     (np.ones(3), "--data=t.npy", rf"^error: --data t.npy: {TOO_FEW} \(3,\)$"),
     (np.eye(2) * 1j, "--data=t.npy", r"^error: --data t.npy: .*dtype\('complex128'\)"),
     ({"settings": "x", "epoch": 0}, "", "^-x$"),
+    ([], "--lr=0.1", r"^\+'lr': 0.1,$"),
     ([], "--seed=1", r"^\+'seed': 1}$"),
     ([], "--batch-size=9", "^-'rows per step': 32,$"),
     ([], "--rows=999", r"^\+{'data'.*2 \(999, 10\), crc32 (.|\n)*^-'rows': 1000,$"),
